@@ -1,8 +1,9 @@
-"""Sizes of the pages of a Parquet file, from their headers.
+"""The sizes of the pages of a Parquet file, read from the page headers.
 
-A column is stored in pages, each compressed, and a library allocates the memory for a whole page from its header. The
-headers are read here first, since a small file can describe a page of gigabytes. They are structs of Thrift's compact
-protocol: https://github.com/apache/parquet-format (PageHeader: 1 type, 2 uncompressed size, 3 compressed size, ...).
+A column is stored in compressed pages. A library allocates memory for an entire page according to the header of the
+page. The headers are therefore checked first, since even a small file can declare a page of gigabytes. They are structs
+in Thrift's compact protocol: https://github.com/apache/parquet-format (PageHeader: 1 type, 2 uncompressed size,
+3 compressed size, ...).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import BinaryIO
 
 BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3
-DEPTH_LIMIT = 10  # nested structs
+DEPTH_LIMIT = 10  # maximum nesting depth of structs
 
 
 def page_sizes(stream: BinaryIO, start: int, length: int) -> Iterator[int]:
-    """The decompressed size in bytes of each page of a column, which has `length` bytes starting at `start`.
+    """Yield the decompressed size in bytes of each page of a column. The column has `length` bytes, from `start` on.
 
-    Raises ValueError for a damaged header.
+    Raises ValueError if a header is damaged.
     """
     end = start + length
     while start < end:
@@ -32,13 +33,13 @@ def page_sizes(stream: BinaryIO, start: int, length: int) -> Iterator[int]:
             else:
                 _skip(stream, kind, 0)
         if min(sizes.values()) < 0:
-            raise ValueError("a page's header has no size")
+            raise ValueError("a page header has no size")
         yield sizes[UNCOMPRESSED_SIZE]
         start = stream.tell() + sizes[COMPRESSED_SIZE]
 
 
 def _fields(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    """(number, type) of each field of a struct; its value follows in the stream."""
+    """Yield (number, type) of each field of a struct. The value of the field follows in the stream."""
     field = 0
     while head := _byte(stream):
         delta, kind = head >> 4, head & 15
@@ -47,11 +48,11 @@ def _fields(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _skip(stream: BinaryIO, kind: int, depth: int) -> None:
-    """Skip a value of this type in a struct."""
+    """Skip a value of type `kind`."""
     if depth > DEPTH_LIMIT:
-        raise ValueError("a page's header is nested too deeply")
+        raise ValueError("a page header is nested too deeply")
     if kind in BOOLEANS:
-        return  # the type is the value
+        return  # the value is part of the type
     if kind == BYTE:
         _byte(stream)
     elif kind in INTEGERS:
@@ -67,7 +68,7 @@ def _skip(stream: BinaryIO, kind: int, depth: int) -> None:
         for _, inner in _fields(stream):
             _skip(stream, inner, depth + 1)
     else:
-        raise ValueError(f"a page's header has the unknown type {kind}")
+        raise ValueError(f"a page header has the unknown type {kind}")
 
 
 def _varint(stream: BinaryIO) -> int:
@@ -77,11 +78,11 @@ def _varint(stream: BinaryIO) -> int:
         number |= (byte & 127) << shift
         if byte < 128:
             return number
-    raise ValueError("a page's header has a number with more than 64 bits")
+    raise ValueError("a page header has a number with more than 64 bits")
 
 
 def _byte(stream: BinaryIO) -> int:
     byte = stream.read(1)
     if not byte:
-        raise ValueError("a page's header is truncated")
+        raise ValueError("a page header is truncated")
     return byte[0]

@@ -1,18 +1,18 @@
 """Turn text into a token data set: `python data/prepare.py SOURCE... [--tokenizer gpt2|bytes|PATH] [--out data/NAME]`.
 
-A source is a text file, a .jsonl file (one document per line), a .csv, .tsv or .parquet file (one per row), a folder of
-such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python), `shakespeare`,
-`openwebtext`, `fineweb-edu`. All files but .parquet may be compressed as .gz or .zst. gpt2/training/dataset.py reads
-the result. Its bytes do not depend on the number of threads or on interruptions.
+A source is a text file, a .jsonl file (one document per line), a .csv, .tsv or .parquet file (one document per row), a
+folder of such files, `-` (stdin), or a named data set: `pydoc` (the documentation that comes with Python),
+`shakespeare`, `openwebtext` or `fineweb-edu`. All files but .parquet can be compressed as .gz or .zst. The result is
+read by gpt2/training/dataset.py. It is bitwise the same for any number of threads and with or without interruptions.
 
-To bound the memory, a document is split into parts of at most 16 KiB. A part ends before the whitespace around its last
-newline: GPT-2's pattern never joins a character and the whitespace after it, so the tokens are those of the unsplit
-text. (A part without a newline ends before its last whitespace; one without whitespace, at 16 KiB, within a word.) The
-SHA-256 of its text decides whether a part is for training or for validation, so that equal parts are never in both.
-An end-of-text token follows a part unless its continuation is next in the same split.
+To limit memory use, a document is split into parts of at most 16 KiB. A part ends before the whitespace around its last
+newline. GPT-2's pattern never joins a character with the whitespace that follows it, so the tokens are those of the
+unsplit text. (Without a newline, a part ends before its last whitespace; without whitespace, it ends at 16 KiB, within
+a word.) The SHA-256 of its text decides whether a part is for training or validation, so that equal parts are never in
+both splits. An end-of-text token follows a part unless its continuation comes next in the same split.
 
-In a text of less than SMALL_TEXT bytes the parts are smaller. They are sorted by SHA-256; the first ones are for
-validation, up to the given fraction of the bytes. The last of these is cut where the fraction is reached, in each copy.
+In a text of less than SMALL_TEXT bytes, parts are smaller. They are sorted by SHA-256, and the first ones, up to the
+given fraction of the bytes, are for validation. The last of these is cut where the fraction is reached, in each copy.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches its folder only
-    import gpt2  # noqa: F401 - first: Ctrl-C during the other imports ends silently
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a script, Python searches only its folder
+    import gpt2  # noqa: F401 - first, so that Ctrl-C during the other imports exits silently
 
 import codecs
 import hashlib
@@ -69,16 +69,16 @@ from tinygrad2.machine import usable_threads
 T = TypeVar("T")
 PART_BYTES = 16 << 10
 BATCH_PARTS = 32  # parts per task of the thread pool
-BATCHES_AHEAD = 16  # in addition to two per thread: they keep the threads busy while a source is slow
-JOURNAL_BYTES = 16 << 20  # bytes of text between two writes of the journal; an interruption loses at most this
-ESTIMATE_BYTES = 64 << 20  # for larger inputs, disk space and time are estimated first
+BATCHES_AHEAD = 16  # queued batches, besides two per thread, that keep the threads busy while a source is slow
+JOURNAL_BYTES = 16 << 20  # bytes of text between two writes of the journal; an interruption loses at most this much
+ESTIMATE_BYTES = 64 << 20  # for larger inputs, the disk space and time are estimated first
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.05
 SMALL_TEXT = 1_000_000  # bytes; the validation split of a smaller text is exact
-SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text, and minimum bytes per part
-CUT_TOLERANCE = 0.05  # how far a cut may move to a newline or a space, as a fraction of the validation split
+SMALL_PARTS, SMALLEST_PART = 64, 256  # number of parts of a small text; minimum number of bytes per part
+CUT_TOLERANCE = 0.05  # maximum distance to move a cut to a newline or space, as a fraction of the validation split
 WIKIPEDIA_URL = re.compile(r"https?://([\w-]+\.)*wikipedia\.org(?![\w.-])")
-WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # in the first bytes of its pages
+WIKIPEDIA, WIKIPEDIA_BYTES = b"From Wikipedia, the free encyclopedia", 4096  # searched for in the first bytes
 JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT.partial
 
 
@@ -87,13 +87,13 @@ JOURNAL, LOCK, SEEN, DATA = "journal.json", "lock", "seen.bin", "data"  # in OUT
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents are dropped, as in WebText (Radford et al., 2019, section 2.1); by default none.
+    """Filters that drop documents, as in WebText (Radford et al., 2019, section 2.1). By default, none are dropped.
     The filters are applied in this order:
 
-    drop_wikipedia   documents whose URL is Wikipedia's, or whose first bytes name it as their source.
-    min_bytes        shorter documents.
-    drop_duplicates  repetitions of a document, by 8 bytes of the SHA-256 of its text. A hash of each document is kept
-                     in memory; nothing else here grows with the input.
+    drop_wikipedia   drop documents with a Wikipedia URL, or whose first bytes name Wikipedia as the source.
+    min_bytes        drop shorter documents.
+    drop_duplicates  drop repeated documents, detected by 8 bytes of the SHA-256 of the text. A hash of each document is
+                     kept in memory; nothing else in this file grows with the input.
     """
 
     drop_wikipedia: bool = False
@@ -101,7 +101,8 @@ class Filters:
     drop_duplicates: bool = False
 
     def judge(self, document: Document, seen: set[int]) -> tuple[str, int | None]:
-        """(the filter that drops the document, or "", and its digest if drop_duplicates has added it to `seen`)."""
+        """Return the name of the filter that drops the document, or "", and the digest of the document if it was added
+        to `seen`, or None."""
         sha, size, head = hashlib.sha256(), 0, b""
         with document.open() as stream:
             while block := stream.read(1 << 20):
@@ -134,10 +135,12 @@ NO_FILTERS = Filters()
 class Part:
     """A part of a document.
 
-    ends     whether it is the last part of the document.
-    cursor   (source, position of the document, byte offset in the document) of the text after it.
-    dropped  the filter that dropped the document: the part then has no text, and represents the whole document.
-    digest   of the document, in its first part, if duplicates are dropped.
+    data       the text.
+    ends       whether this is the last part of the document.
+    cursor     (source, position of the document, byte offset in the document) of the text after this part.
+    dropped    the filter that dropped the document. The part then has no text, and represents the entire document.
+    digest     the digest of the document, in its first part, if duplicates are dropped.
+    continues  whether this part follows another part of the same document.
     """
 
     data: bytes
@@ -145,7 +148,7 @@ class Part:
     cursor: tuple[int, int, int]
     dropped: str = ""
     digest: int | None = None
-    continues: bool = False  # the document, after another part of it
+    continues: bool = False
 
 
 def read_parts(
@@ -155,7 +158,7 @@ def read_parts(
     seen: set[int] | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Iterator[Part]:
-    """All parts starting at `cursor`, of at most `part_bytes`; `seen` contains the digests of earlier documents."""
+    """Yield all parts from `cursor` on, of at most `part_bytes` each. `seen` contains digests of earlier documents."""
     seen = set() if seen is None else seen
     first, position, offset = cursor
     for k, source in enumerate(sources[first:], first):
@@ -176,7 +179,7 @@ def read_parts(
 
 
 def _cut(stream: BinaryIO, offset: int, name: str, part_bytes: int) -> Iterator[tuple[bytes, int, bool]]:
-    """(part, offset after it, whether it is the last) of a document, starting at byte `offset`; a BOM is skipped."""
+    """Yield (part, offset after it, whether it is the last) of a document, from byte `offset` on. A BOM is skipped."""
     if offset:
         skip(stream, offset)
         data = b""
@@ -209,7 +212,7 @@ def _character_start(data: bytes, end: int) -> int:
 
 
 def _cut_point(text: str) -> int:
-    """The length of a part that is not the last of its document."""
+    """The length of a part that is not the last part of its document."""
     at_line_end = len(text[: text.rfind("\n") + 1].rstrip())
     if at_line_end:
         return at_line_end
@@ -222,7 +225,7 @@ def _cut_point(text: str) -> int:
 
 @dataclass(frozen=True)
 class HashSplit:
-    """The split of a large text: a part is validation if the first 8 bytes of its SHA-256 are below
+    """The split of a large text: a part is for validation if the first 8 bytes of its SHA-256 are below
     val_fraction * 2**64."""
 
     val_fraction: float
@@ -234,7 +237,7 @@ class HashSplit:
     )
 
     def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
-        """(split, text) of each piece of a part: the whole part."""
+        """Return (split, text) for each piece of a part. There is only one piece, the part itself."""
         return [(side_of(data, self.val_fraction), data)]
 
 
@@ -242,8 +245,8 @@ class HashSplit:
 class ExactSplit:
     """The split of a small text.
 
-    validation  the SHA-256 of the parts for validation.
-    cut         the SHA-256 of the part of which the first `cut_bytes` are for validation, in each of its copies.
+    validation  the SHA-256 digests of the parts for validation.
+    cut         the SHA-256 digest of the part that is cut: its first `cut_bytes` are for validation, in every copy.
     """
 
     part_bytes: int
@@ -264,8 +267,8 @@ class ExactSplit:
 
 
 def choose_split(sources: Sequence[Source], filters: Filters, val_fraction: float) -> HashSplit | ExactSplit:
-    """The split of all text in the sources, which depends only on the text and the fraction. Reads a small text twice,
-    and only the beginning of a large one."""
+    """Choose the split of the text in the sources. It depends only on the text and the fraction. A small text is read
+    twice; only the beginning of a large text is read."""
     large = (isinstance(s, HubParquet) or (s.text_size() or 0) > 64 * SMALL_TEXT for s in sources)
     if any(large):  # (some sizes are estimates)
         return HashSplit(val_fraction)
@@ -292,8 +295,8 @@ def choose_split(sources: Sequence[Source], filters: Filters, val_fraction: floa
 
 
 def _nearest_cut(data: bytes, size: int, tolerance: float) -> int:
-    """Where a text is cut near its byte `size`: before the whitespace at a newline or between words, if that is at
-    most `tolerance` bytes earlier, else between characters."""
+    """The position at which to cut a text near byte `size`: before the whitespace at a newline or between words if that
+    is at most `tolerance` bytes earlier, otherwise between characters."""
     text = data[: _character_start(data, size)].decode()
     for shorter in (text[: text.rfind("\n") + 1].rstrip(), text.rsplit(maxsplit=1)[0] if " " in text.strip() else ""):
         cut = len(shorter.encode())
@@ -307,20 +310,20 @@ def _nearest_cut(data: bytes, size: int, tolerance: float) -> int:
 
 @dataclass
 class State:
-    """The progress of the work, as stored in the journal. Since all shards but the last have shard_tokens tokens, the
-    counts of tokens determine which bytes of which shards are valid; bytes after them were written later."""
+    """The progress of a job, as stored in the journal. All shards but the last have shard_tokens tokens, so the token
+    counts determine which bytes of which shards are valid. Any bytes after them were written later."""
 
     cursor: list[int] = field(default_factory=lambda: [0, 0, 0])
-    side: str | None = None  # the split of the last part, within a document
+    side: str | None = None  # the split of the last part; None between documents
     documents: int = 0
     bytes: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    dropped: dict[str, int] = field(default_factory=dict)  # documents, by filter
-    seen: int = 0  # digests in seen.bin
+    dropped: dict[str, int] = field(default_factory=dict)  # number of dropped documents, by filter
+    seen: int = 0  # number of digests in seen.bin
 
     @staticmethod
     def of(values: object, sources: int) -> State:
-        """The state in a journal of a job with this number of sources. Raises ValueError if it is not valid."""
+        """Parse the state in the journal of a job with this number of sources. Raises ValueError if it is not valid."""
         if not isinstance(values, dict) or values.keys() != {f.name for f in fields(State)}:
             raise ValueError("its state does not have the fields of this version")
         state = State(**values)
@@ -341,8 +344,8 @@ class State:
 
 
 class Shards:
-    """The shards of both splits in the folder `work`/data, to which ids are appended; and, if duplicates are dropped,
-    `work`/seen.bin with the digests of the documents."""
+    """The shards of both splits in the folder `work`/data, to which token IDs are appended. If duplicates are dropped,
+    also `work`/seen.bin, which contains the digests of the documents."""
 
     def __init__(self, work: Path, dtype: np.dtype, limit: int):
         self.work, self.folder, self.dtype, self.limit = work, work / DATA, dtype, limit
@@ -354,12 +357,12 @@ class Shards:
         return self.folder / f"{split}-{k:05d}.bin"
 
     def shards(self, split: str, tokens: int) -> Iterator[tuple[Path, int]]:
-        """(file, number of tokens) of each shard of a split with this number of tokens."""
+        """Yield (file, number of tokens) for each shard of a split with this number of tokens."""
         for k, start in enumerate(range(0, tokens, self.limit)):
             yield self.file(split, k), min(self.limit, tokens - start)
 
     def contain(self, state: State) -> bool:
-        """Whether the folder contains all tokens and digests that the state counts."""
+        """Whether the files contain all tokens and digests counted by the state."""
         files = sum(1 for _ in self.folder.iterdir())
         if sum(-(-tokens // self.limit) for tokens in state.tokens.values()) > files:
             return False
@@ -372,7 +375,7 @@ class Shards:
         return all(file.is_file() and file.stat().st_size >= size for file, size in sizes.items())
 
     def restore(self, state: State) -> None:
-        """Remove all tokens and digests after those that the state counts."""
+        """Remove all tokens and digests beyond those counted by the state."""
         tokens = self.tokens = dict(state.tokens)
         kept = {file: count for split in SPLITS for file, count in self.shards(split, tokens[split])}
         for file in chain.from_iterable(self.folder.glob(f"{split}-*.bin") for split in SPLITS):
@@ -384,7 +387,7 @@ class Shards:
             os.truncate(self.work / SEEN, 8 * state.seen)
 
     def seen(self) -> set[int]:
-        """The digests that `remember` has stored."""
+        """The digests stored by `remember`."""
         file = self.work / SEEN
         return set(np.fromfile(file, "<u8").tolist()) if file.exists() else set()
 
@@ -407,14 +410,14 @@ class Shards:
                 _sync(self._open.pop(split))
 
     def read(self, split: str, start: int, count: int) -> np.ndarray:
-        """At most `count` ids from position `start` of a split, from one shard."""
+        """Read at most `count` token IDs of a split from position `start` on, from one shard."""
         k, used = divmod(start, self.limit)
         return np.fromfile(
             self.file(split, k), self.dtype, min(count, self.limit - used), offset=used * self.dtype.itemsize
         )
 
     def close(self) -> None:
-        """Flush everything to the disk."""
+        """Flush all files to disk and close them."""
         while self._open:
             _sync(self._open.popitem()[1])
 
@@ -439,14 +442,20 @@ def prepare(
 ) -> Path:
     """Create the data set `out` (by default data/NAME of the first source) from `sources`. Returns its folder.
 
-    The work is done in OUT.partial, whose folder `data` is renamed when it is complete. After an interruption the same
-    call resumes from the journal in OUT.partial. An existing `out` is an error; with `fresh` it is renamed first.
+    Files are written to OUT.partial; its folder `data` is renamed to `out` when it is complete. After an interruption,
+    the same call resumes from the journal in OUT.partial. An existing `out` is an error unless `fresh` is true; then it
+    is renamed first.
 
-    delimiter       between the fields of .csv and .tsv files: one character, or "tab"; "" detects it from the header.
-    encoding        of the files that are not in UTF-8.
-    special_tokens  encode the text of a special or added token as that token, rather than as plain text.
+    val_fraction    fraction of the text for validation; None for the default of the data set.
+    shard_tokens    maximum number of tokens per file.
+    threads         number of tokenizer threads; None for one per core.
+    text_key        the key or column that contains the text.
+    delimiter       delimiter of .csv and .tsv files: one character, or "tab"; "" detects it from the header.
+    encoding        encoding of the files that are not UTF-8.
+    special_tokens  encode the text of a special or added token as that token instead of as plain text.
 
-    Raises ValueError or OSError with one line for an invalid argument or source, and for a full disk.
+    See Filters for drop_wikipedia, min_bytes and drop_duplicates. Raises ValueError or OSError with a one-line message
+    for an invalid argument or source, or a full disk.
     """
     if not sources:
         raise ValueError("sources: none given; expected files, folders, '-', or a named set such as 'pydoc'")
@@ -484,7 +493,7 @@ def prepare(
 class Job:
     """The inputs of a data set.
 
-    record  all of them as JSON, for the journal: it differs if a source has changed.
+    record  the inputs as JSON, for the journal. It differs if a source or an option has changed.
     """
 
     sources: list[Source]
@@ -510,7 +519,7 @@ class Job:
             "tokenizer": tokenizer.describe(),
             "val_fraction": val_fraction,
             "shard_tokens": shard_tokens,
-            **({"special_tokens": True} if special_tokens else {}),  # (without it, as earlier versions wrote it)
+            **({"special_tokens": True} if special_tokens else {}),  # (omitted if false, as in earlier versions)
         }
         return Job(sources, tokenizer, filters, val_fraction, special_tokens, record)
 
@@ -540,7 +549,7 @@ def _check_arguments(
 
 
 def _make(job: Job, threads: int, state: State, shards: Shards, say: Callable[[str], None]) -> None:
-    """Write all files of the data set into the folder of the shards, if the sources have any text."""
+    """Write all files of the data set to the folder of the shards, if the sources contain any text."""
     for hub_set in HUB_SETS.values():
         if any(isinstance(source, HubParquet) and source.repo == hub_set.repo for source in job.sources):
             say(
@@ -580,7 +589,7 @@ def _check_new(out: Path, fresh: bool) -> None:
 
 
 def _check_encoding(name: str) -> None:
-    """Raise ValueError unless Python knows an encoding of this name, or the name is ""."""
+    """Raise ValueError unless the name is "" or that of an encoding known to Python."""
     try:
         codecs.lookup(name or "utf-8")
         "".encode(name or "utf-8")
@@ -595,7 +604,7 @@ def _counted(dropped: dict[str, int]) -> str:
 
 
 def default_out(source: str) -> Path:
-    """data/NAME of a source."""
+    """The default folder data/NAME for a source."""
     path = Path(source).resolve()
     return Path("data") / ("stdin" if source == "-" else path.name if path.is_dir() else unpacked_name(path).stem)
 
@@ -608,9 +617,9 @@ def _estimate(
     shards: Shards,
     say: Callable[[str], None],
 ) -> None:
-    """Print an estimate of the disk space and time for a large job, of `total` bytes of text, from its first parts.
+    """Print an estimate of the disk space and time for a large job, with `total` bytes of text, from its first parts.
 
-    Raises ValueError if the disk has clearly too little space.
+    Raises ValueError if the disk clearly does not have enough space.
     """
     left = (total or 0) - state.bytes
     if left < ESTIMATE_BYTES:
@@ -628,11 +637,11 @@ def _estimate(
         f"{left / 1e6 / (seconds * share):.1f} MB of text per second on {threads} threads, if the source is fast enough"
     )
     if 0.9 * need > free:
-        raise ValueError(f"{shards.work}: not enough disk space; free some, or choose another disk with --out")
+        raise ValueError(f"{shards.work}: not enough disk space; free some space, or choose another disk with --out")
 
 
 def _load_journal(shards: Shards, job: Job, say: Callable[[str], None]) -> State:
-    """The state of an earlier run of the same job, or the initial state."""
+    """The state of an earlier, interrupted run of the same job, or the initial state."""
     partial, file = shards.work, shards.work / JOURNAL
     if not file.exists():
         return State()
@@ -665,7 +674,8 @@ def _save_journal(job: Job, state: State, shards: Shards) -> None:
 def _write_tokens(
     job: Job, total: int | None, split: HashSplit | ExactSplit, threads: int, state: State, shards: Shards
 ) -> None:
-    """Read, split, tokenize (in threads: tiktoken releases the GIL) and append all text after the state's cursor."""
+    """Read, split and tokenize all text after the state's cursor, and append it to the shards. Tokenization runs in
+    threads, since tiktoken releases the GIL."""
     tokenizer = job.tokenizer
     end_of_text = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], np.int64)
 
@@ -713,14 +723,14 @@ def _write_tokens(
 
 
 def side_of(data: bytes, val_fraction: float) -> str:
-    """The split of a part: validation if the first 8 bytes of its SHA-256 are below val_fraction * 2**64."""
+    """The split of a part: "val" if the first 8 bytes of its SHA-256 are below val_fraction * 2**64, else "train"."""
     return SPLITS[int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val_fraction * 2**64]
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[list[Part]], T], parts: Iterator[Part], ahead: int
 ) -> Iterator[tuple[list[Part], T]]:
-    """(batch, function(batch)) for batches of `parts`, in order, with at most `ahead` in memory."""
+    """Yield (batch, function(batch)) for batches of `parts`, in order, with at most `ahead` batches in memory."""
     waiting: deque[tuple[list[Part], Future[T]]] = deque()
     batch = list(islice(parts, BATCH_PARTS))
     while batch or waiting:
@@ -733,7 +743,7 @@ def _in_order(
 
 
 def _fill_validation(job: Job, state: State, shards: Shards) -> None:
-    """If a split is empty, move its fraction of the tokens there, from the end of the other split.
+    """If a split is empty, move its fraction of the tokens to it from the end of the other split.
 
     The journal is written after the copy and before the truncation, so that an interruption loses nothing.
     """
@@ -781,7 +791,7 @@ def _write_manifest(job: Job, split: HashSplit | ExactSplit, state: State, shard
 
 
 def _sync(stream: BinaryIO) -> None:
-    """Flush a file to the disk and close it."""
+    """Flush a file to disk and close it."""
     with stream:
         stream.flush()
         os.fsync(stream.fileno())
@@ -813,13 +823,13 @@ def command_line() -> Parser:
         "--delimiter",
         default="",
         metavar="CHARACTER",
-        help="between the fields of .csv and .tsv files, or tab [default: detected from the header]",
+        help="delimiter of .csv and .tsv files: a character, or tab [default: detected from the header]",
     )
     group.add_argument(
         "--encoding",
         default="",
         metavar="NAME",
-        help="encoding of the files that are not in UTF-8, such as cp1252 or utf-16 [default: none: they are rejected]",
+        help="encoding of files that are not UTF-8, such as cp1252 or utf-16 [default: none; such files are rejected]",
     )
     group = parser.add_argument_group("filters")
     group.add_argument("--drop-wikipedia", action="store_true", help="drop documents from Wikipedia")
@@ -827,14 +837,14 @@ def command_line() -> Parser:
     group.add_argument("--drop-duplicates", action="store_true", help="drop repeated documents")
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the data set's folder [default: data/NAME of the first source]"
+        "--out", type=Path, metavar="FOLDER", help="folder of the data set [default: data/NAME of the first source]"
     )
     group.add_argument("--fresh", action="store_true", help="first rename an existing data set of this name")
     group.add_argument("--tokenizer", default="gpt2", metavar="NAME", help="gpt2, bytes, a .tiktoken file, or a folder")
     group.add_argument(
         "--special-tokens",
         action="store_true",
-        help="encode special tokens in the text, such as <|endoftext|>, as single tokens, not as plain text",
+        help="encode special tokens in the text, such as <|endoftext|>, as single tokens instead of plain text",
     )
     group.add_argument(
         "--val-fraction",
@@ -858,7 +868,7 @@ def command_line() -> Parser:
 
 @console.command(console.script_name("prepare"))
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, or 1 if the data set was not created."""
+    """Run the command. Returns the exit status: 0, or 1 if the data set was not created."""
     parser = command_line()
     given = sys.argv[1:] if arguments is None else arguments
     options = vars(parser.parse_args(given))

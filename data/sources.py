@@ -1,9 +1,9 @@
-"""Sources of documents: files, named data sets, the documentation that comes with Python, stdin.
+"""Sources of documents: files, named data sets, the documentation that comes with Python, and stdin.
 
-The name of a file determines its format: .jsonl and .ndjson (one JSON object per line), .csv and .tsv (with a header),
-.parquet; any other file is one document of plain text. All but .parquet may be compressed as .gz or .zst. Reading .zst
-and .parquet needs pyarrow, and the data sets on the Hugging Face hub need huggingface_hub (the extra "data"). Text that
-is not UTF-8 needs the name of its encoding.
+The suffix of a file determines its format: .jsonl and .ndjson (one JSON object per line), .csv and .tsv (with a
+header), or .parquet. Any other file is a single document of plain text. All formats but .parquet can be compressed as
+.gz or .zst. Reading .zst and .parquet requires pyarrow, and data sets on the Hugging Face Hub require huggingface_hub
+(both are in the extra "data"). For text that is not UTF-8, the encoding must be specified.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BOM = b"\xef\xbb\xbf"
-RECORD_BYTES = 32 << 20  # the longest line of JSON, record of CSV and page of Parquet, which are read as a whole
-RECORD_ITEMS = 1 << 20  # values, fields and lines of a record, each of which takes up to 100 bytes of memory
-SAMPLE_BYTES = 1 << 20  # bytes of a compressed file's text, from which the size of all of it is estimated
+RECORD_BYTES = 32 << 20  # maximum size of a JSON line, a CSV record or a Parquet page, which are held in memory
+RECORD_ITEMS = 1 << 20  # maximum number of values, fields or lines per record; each takes up to 100 bytes of memory
+SAMPLE_BYTES = 1 << 20  # bytes of text that are decompressed to estimate the size of a compressed file's text
 ROWS = 64  # rows of a Parquet file per read
-HUB_BLOCK_BYTES = 16 << 20  # the smallest request to the hub
+HUB_BLOCK_BYTES = 16 << 20  # minimum size of a request to the hub
 HEAD_BYTES = 4 << 20  # bytes of stdin that are kept, so that a small text can be read twice
 JSON_LINES, CSV, TSV, PARQUET, COMPRESSED = (".jsonl", ".ndjson"), ".csv", ".tsv", ".parquet", (".gz", ".zst")
-NOT_TEXT = (".json", ".tiktoken")  # and files with a zero byte near their beginning, unless they look like UTF-16
+NOT_TEXT = (".json", ".tiktoken")  # also files with a zero byte near the beginning, unless they look like UTF-16
 UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # tried in this order
-NAMED_COLUMNS = 20  # columns that an error message names
-NAMED_FILES = 100  # files that one error message names
+NAMED_COLUMNS = 20  # maximum number of columns named in an error message
+NAMED_FILES = 100  # maximum number of files named in an error message
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
 
 
@@ -60,12 +60,12 @@ Identity = list[str | int]  # identifies a source and its version
 
 @dataclass(frozen=True)
 class Document:
-    """One text, in UTF-8.
+    """A text, in UTF-8.
 
-    after  the position in its source of the next document.
-    name   its name in error messages.
-    open   opens the text for reading, from its beginning; more than once, except for stdin.
-    url    its address, if known.
+    after  the position of the next document in the source.
+    name   the name of the document in error messages.
+    open   opens the text for reading from the beginning. It can be called more than once, except for stdin.
+    url    the URL of the document, if known.
     """
 
     after: int
@@ -74,12 +74,12 @@ class Document:
     url: str = ""
 
 
-# Files. `documents(start)` yields the documents starting at position `start`.
+# Files. `documents(start)` yields the documents from position `start` on.
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file, one document; position 0 is the document and 1 the end."""
+    """A file that is a single document. Position 0 is the document, and 1 the end."""
 
     path: Path
     encoding: str = field(default="utf-8", kw_only=True)
@@ -88,11 +88,11 @@ class TextFile:
         return str(self.path)
 
     def size(self) -> int | None:
-        """Bytes of the file, if known."""
+        """The size of the file in bytes, if known."""
         return self.path.stat().st_size
 
     def text_size(self) -> int | None:
-        """Approximate bytes of its text, if known."""
+        """The approximate size of the text in bytes, if known."""
         size = self.path.stat().st_size
         if self.path.suffix.lower() not in COMPRESSED:
             return size
@@ -105,7 +105,7 @@ class TextFile:
         return [str(self.path.resolve()), self.path.stat().st_size, self.path.stat().st_mtime_ns, *other]
 
     def stream(self) -> BinaryIO:
-        """The text of the file, decompressed if necessary, in UTF-8."""
+        """Open the text of the file in UTF-8, decompressed if necessary."""
         stream = opened(self.path)
         return stream if self.encoding == "utf-8" else io.BufferedReader(_Recoded(stream, self.encoding))
 
@@ -116,7 +116,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class JsonLines(TextFile):
-    """One document per line: the string under `key` of a JSON object. A position is a byte offset in the uncompressed
+    """One document per line: the string under `key` in a JSON object. A position is a byte offset in the decompressed
     file."""
 
     key: str
@@ -137,7 +137,7 @@ class JsonLines(TextFile):
         try:
             if len(line) > RECORD_ITEMS and sum(map(line.count, b"[{,:")) > RECORD_ITEMS:
                 raise ValueError(f"more than {RECORD_ITEMS:,} brackets, commas and colons")
-            value = json.loads(line.removeprefix(BOM).decode())  # (of bytes, json guesses the encoding)
+            value = json.loads(line.removeprefix(BOM).decode())  # (given bytes, json would guess the encoding)
             text = value[self.key]
             if not isinstance(text, str):
                 raise TypeError(f"{self.key!r} has type {type(text).__name__}")
@@ -157,10 +157,10 @@ class JsonLines(TextFile):
 
 @dataclass(frozen=True)
 class Csv(TextFile):
-    """One document per record: the field under the header `column`. Quotes within quotes are doubled (RFC 4180). A
-    position is a byte offset in the uncompressed file, 0 that of the header.
+    """One document per record: the field in the column with this header. Quotes inside quotes are doubled (RFC 4180). A
+    position is a byte offset in the decompressed file; the header is at 0.
 
-    delimiter  between fields; "" for the first of DELIMITERS with which the header contains the column.
+    delimiter  the delimiter between fields; "" means the first of DELIMITERS with which the header contains the column.
     """
 
     column: str
@@ -170,7 +170,7 @@ class Csv(TextFile):
         return [*super().identity(), self.column, *([self.delimiter] if self.delimiter else [])]
 
     def _sniff(self) -> str:
-        """The delimiter."""
+        """Detect the delimiter."""
         headers = {}
         for delimiter in (self.delimiter,) if self.delimiter else DELIMITERS:
             with self.stream() as stream:
@@ -194,7 +194,7 @@ class Csv(TextFile):
                 yield Document(after, str(self), partial(io.BytesIO, record[text].encode()), where)
 
     def _records(self, stream: BinaryIO, offset: int, delimiter: str) -> Iterator[tuple[list[str], int]]:
-        """(record, offset after it) of each record that is not empty, from a stream at byte `offset`."""
+        """Yield (record, offset after it) for each non-empty record of a stream that is at byte `offset`."""
         start, items = offset, 0  # of the record
 
         def lines() -> Iterator[str]:
@@ -220,14 +220,14 @@ class Csv(TextFile):
     def _no_csv(self, offset: int, delimiter: str, reason: str) -> ValueError:
         marks = DELIMITERS.get(delimiter, repr(delimiter))
         return ValueError(
-            f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected fields separated "
-            f"by {marks}, as many as in the header, in quotes if they contain {marks}, quotes or newlines"
+            f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected as many fields "
+            f"as in the header, separated by {marks}, in quotes if they contain {marks}, quotes or newlines"
         )
 
 
 @dataclass(frozen=True)
 class Parquet(TextFile):
-    """One document per row: the string in `column`, unless it is null. A position is the number of rows before it."""
+    """One document per row: the string in `column`, unless it is null. A position is the number of preceding rows."""
 
     column: str
 
@@ -258,8 +258,8 @@ class Parquet(TextFile):
                             yield Document(row, f"{self}: row {row}", partial(io.BytesIO, text), str(url))
 
     def _rows_at_once(self, group: pyarrow.parquet.RowGroupMetaData, columns: Sequence[str]) -> int:
-        """The rows of a group that are read at once: few if they may be large. A dictionary of a page may be repeated
-        in every row. Raises ValueError for a page that is too large."""
+        """The number of rows of a group to read at once: fewer if they may be large, since a value in a dictionary page
+        can be repeated in every row. Raises ValueError if a page is too large."""
         largest = 1
         with self.path.open("rb") as stream:
             for column in (group.column(i) for i in range(group.num_columns)):
@@ -281,7 +281,7 @@ class Parquet(TextFile):
         return self.path
 
     def _open(self) -> pyarrow.parquet.ParquetFile:
-        """The file, after checking its column. It reads a column in pieces, for any size of the row groups."""
+        """Open the file and check its column. The column is read in pieces, whatever the size of the row groups."""
         arrow, parquet, types = (require(f"pyarrow{name}", self) for name in ("", ".parquet", ".types"))
         with explained(self, arrow.ArrowException, UnicodeDecodeError):
             file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
@@ -296,8 +296,8 @@ class Parquet(TextFile):
 
 @dataclass(frozen=True)
 class HubParquet(Parquet):
-    """A Parquet file in a data set on the Hugging Face hub, at one revision. It is streamed and not stored; a resumed
-    job downloads only the rest. HF_ENDPOINT names another hub."""
+    """A Parquet file of a data set on the Hugging Face Hub, at a fixed revision. It is streamed and not stored; a
+    resumed job downloads only the rest. HF_ENDPOINT selects another hub."""
 
     repo: str
     revision: str
@@ -326,7 +326,7 @@ class HubParquet(Parquet):
             ) from None
 
     def _rows_at_once(self, group: pyarrow.parquet.RowGroupMetaData, columns: Sequence[str]) -> int:
-        return ROWS  # of published files at a fixed revision
+        return ROWS  # no check: the files are published and their revision is fixed
 
     def _file(self) -> BinaryIO:
         hub = require("huggingface_hub", self).HfFileSystem()
@@ -338,9 +338,9 @@ class HubParquet(Parquet):
 
 @dataclass(frozen=True)
 class Stdin:
-    """stdin, one document. It cannot be read again, except for its first bytes, so an interrupted job starts over."""
+    """stdin, as a single document. Only its first bytes can be read again, so an interrupted job starts over."""
 
-    encoding: str = ""  # of text that is not UTF-8, if it is named
+    encoding: str = ""  # the encoding if the text is not UTF-8, or ""
 
     def __str__(self) -> str:
         return "-"
@@ -352,7 +352,7 @@ class Stdin:
         return sys.stdin.buffer.read(HEAD_BYTES)
 
     def stream(self) -> BinaryIO:
-        """The text in UTF-8. A second one may be opened if not more than HEAD_BYTES were read from the first."""
+        """Open the text in UTF-8. It can be opened again if at most HEAD_BYTES were read from the previous stream."""
         stream = io.BufferedReader(_Rejoined(self._head, sys.stdin.buffer))
         wrong = self.encoding and _not_utf8(io.BytesIO(self._head), whole=len(self._head) < HEAD_BYTES)
         return io.BufferedReader(_Recoded(stream, self.encoding)) if wrong else stream
@@ -373,8 +373,8 @@ class Stdin:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that fit in memory, made or downloaded when they are first needed. A position is the number of documents
-    before it."""
+    """Texts that fit in memory. They are generated or downloaded on first use. A position is the number of preceding
+    documents."""
 
     name: str
     make: Callable[[], list[str]]
@@ -403,9 +403,9 @@ Source = TextFile | Stdin | Texts
 
 
 def pydoc_corpus(say: Callable[[str], None] = print) -> list[str]:
-    """The topics of the language reference, and the docstrings of each module of the standard library.
+    """The topics of Python's language reference, and the docstrings of the modules of the standard library.
 
-    One document per topic and per module. Modules are parsed, never imported; repeated texts are dropped.
+    There is one document per topic and per module. Modules are parsed, never imported. Repeated texts are dropped.
     """
     documents = []
     try:
@@ -430,10 +430,10 @@ def _stdlib_files(stdlib: Path) -> Iterator[Path]:
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, in the order of the file."""
+    """The docstrings of a module and of its classes and functions, in file order."""
     try:
         with tokenize.open(file) as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid escapes in these modules
+            warnings.simplefilter("ignore")  # warnings about invalid escapes in these modules
             tree = ast.parse(stream.read())
     except (SyntaxError, UnicodeDecodeError):  # files for other versions of Python
         return
@@ -454,9 +454,9 @@ def _docstrings(file: Path) -> Iterator[str]:
 class HubSet:
     """A published data set: Parquet files with a column "text", at a fixed revision.
 
-    download      approximate bytes of the files.
-    text          approximate bytes of the text in them.
-    val_fraction  for validation, as in nanoGPT (openwebtext), build-nanogpt and llm.c (fineweb-edu).
+    download      approximate size of the files in bytes.
+    text          approximate size of their text in bytes.
+    val_fraction  fraction for validation, as in nanoGPT (openwebtext) or build-nanogpt and llm.c (fineweb-edu).
     """
 
     repo: str
@@ -501,7 +501,7 @@ NAMES = ("pydoc", "shakespeare", *HUB_SETS)
 
 
 def shakespeare() -> list[str]:
-    """Karpathy's "tiny Shakespeare", downloaded."""
+    """Download Karpathy's "tiny Shakespeare"."""
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as response:
             data = response.read(16 << 20)
@@ -521,11 +521,11 @@ def shakespeare() -> list[str]:
 def find_sources(
     names: Sequence[str], text_key: str, say: Callable[[str], None], delimiter: str = "", encoding: str = ""
 ) -> list[Source]:
-    """The sources with these names. A folder is replaced by the files in it, sorted, without hidden ones.
+    """The sources with these names. A folder is expanded to its files, sorted, excluding hidden ones.
 
-    text_key   the key or column with the text.
-    delimiter  of .csv and .tsv files (see Csv).
-    encoding   of the files that are not UTF-8 (see with_encoding).
+    text_key   the key or column that contains the text.
+    delimiter  the delimiter of .csv and .tsv files (see Csv).
+    encoding   the encoding of files that are not UTF-8 (see with_encoding).
     """
     sources: list[Source] = []
     for name in names:
@@ -538,7 +538,7 @@ def find_sources(
             sources += HUB_SETS[name].sources()
         elif name == "-":
             if "-" in map(str, sources):
-                raise ValueError("source -: stdin is named twice, but can be read only once")
+                raise ValueError("source -: stdin is listed twice, but can be read only once")
             sources.append(Stdin(encoding))
         elif path.is_dir():
             found, skipped = _files_in(path)
@@ -573,9 +573,9 @@ def _file_source(path: Path, text_key: str, delimiter: str) -> TextFile:
 
 
 def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
-    """The sources; files that are not UTF-8 are read in `encoding`. Every file is read to check.
+    """Return the sources, with `encoding` set for files that are not UTF-8. All files are read to check them.
 
-    Raises ValueError that names all files that are not UTF-8, if no encoding is given, or not in the one given.
+    Raises ValueError, naming the files, if files are not UTF-8 and no encoding is given, or do not have that encoding.
     """
     found, wrong = list(sources), []
     texts = [(i, s) for i, s in enumerate(found) if isinstance(s, TextFile) and not isinstance(s, Parquet)]
@@ -593,7 +593,7 @@ def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
         listed = ", ".join(f"{source} ({reason})" for source, reason in wrong[:NAMED_FILES])
         more = ", ..." if len(wrong) > NAMED_FILES else ""
         several = f"{len(wrong)} of {len(texts)} files are not {expected}: {listed}{more}"
-        advice = "name another --encoding" if encoding else "name the --encoding, such as cp1252 or utf-16"
+        advice = "specify another --encoding" if encoding else "specify the --encoding, such as cp1252 or utf-16"
         raise ValueError(
             (several if len(wrong) > 1 else f"{wrong[0][0]}: {wrong[0][1]}")
             + f"; {advice}, or convert the text to UTF-8, for example with iconv"
@@ -602,7 +602,7 @@ def with_encoding(sources: Sequence[Source], encoding: str) -> list[Source]:
 
 
 def _not_utf8(stream: BinaryIO, whole: bool = True) -> str:
-    """Why the bytes are not text in UTF-8, or "". Without `whole` the last character may be incomplete."""
+    """Why the bytes are not UTF-8 text, or "". If not `whole`, the last character may be incomplete."""
     head = stream.read(4096)
     if looks_like_utf16(head):
         return "UTF-16, not UTF-8"
@@ -610,10 +610,10 @@ def _not_utf8(stream: BinaryIO, whole: bool = True) -> str:
 
 
 def _not_in(stream: BinaryIO, encoding: str, head: bytes = b"", whole: bool = True) -> str:
-    """The first byte of `head` and the stream that is not text in this encoding, in words, or ""."""
+    """A description of the first byte in `head` and the stream that is invalid in this encoding, or ""."""
     decoder, offset, block = codecs.getincrementaldecoder(encoding)(), 0, head or stream.read(1 << 20)
     while True:
-        kept = len(decoder.getstate()[0])  # bytes of an incomplete character before this block
+        kept = len(decoder.getstate()[0])  # number of bytes of an incomplete character before this block
         try:
             decoder.decode(block, final=whole and not block)
         except UnicodeDecodeError as error:
@@ -625,7 +625,7 @@ def _not_in(stream: BinaryIO, encoding: str, head: bytes = b"", whole: bool = Tr
 
 
 def looks_like_utf16(head: bytes) -> bool:
-    """Whether the first bytes of a file are text in UTF-16: a byte-order mark, or zero bytes in every other place."""
+    """Whether a file that starts with these bytes is UTF-16: it has a byte-order mark, or every other byte is 0."""
     if head[:2] in UTF_16:
         return True
     halves = [head[0::2], head[1::2]]
@@ -637,7 +637,7 @@ def looks_like_utf16(head: bytes) -> bool:
 
 
 def unpacked_name(path: Path) -> Path:
-    """The path without the suffix of a compressed file."""
+    """The path without the suffix for compression."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
@@ -654,7 +654,7 @@ def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether the file has a supported format: Parquet by its name, text by its first bytes."""
+    """Whether the file has a supported format. Parquet is recognized by the name, text by the first bytes."""
     suffix = unpacked_name(path).suffix.lower()
     if suffix == PARQUET:
         return suffix == path.suffix.lower()
@@ -667,7 +667,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file, decompressed if necessary."""
+    """Open a file, decompressed if necessary."""
     return _decompressed(path, path) if path.suffix.lower() in COMPRESSED else path.open("rb")
 
 
@@ -678,7 +678,7 @@ def _decompressed(file: Path | BinaryIO, path: Path) -> BinaryIO:
 
 
 class _Recoded(io.RawIOBase):
-    """A stream of text in an encoding, read as UTF-8."""
+    """A stream that converts text from an encoding to UTF-8."""
 
     def __init__(self, stream: BinaryIO, encoding: str):
         self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)()
@@ -702,7 +702,7 @@ class _Recoded(io.RawIOBase):
 
 
 class _Rejoined(io.RawIOBase):
-    """The bytes that were read from a stream, then the rest of it. The stream stays open."""
+    """A stream of the bytes already read from another stream, then the rest of that stream, which stays open."""
 
     def __init__(self, head: bytes, stream: BinaryIO):
         self._head, self._stream = io.BytesIO(head), stream
@@ -717,10 +717,10 @@ class _Rejoined(io.RawIOBase):
 
 
 def skip(stream: BinaryIO, count: int) -> None:
-    """Skip `count` bytes of a stream, which need not be seekable. Raises EOFError if it ends before."""
+    """Skip `count` bytes of a stream, which need not be seekable. Raises EOFError if the stream is shorter."""
     left = count
     if left > 0 and stream.seekable():
-        with suppress(OSError, OverflowError):  # for a position that no file can have
+        with suppress(OSError, OverflowError):  # raised for a position that no file can have
             stream.seek(left - 1, os.SEEK_CUR)
             left = 1
     while left > 0:
@@ -732,7 +732,7 @@ def skip(stream: BinaryIO, count: int) -> None:
 
 @contextmanager
 def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of decompression, and those of `kinds`, into a ValueError that names the source."""
+    """Convert decompression errors, and errors of `kinds`, to a ValueError that names the source."""
     try:
         yield
     except (EOFError, zlib.error) + kinds as error:  # noqa: RUF005 (mypy)
@@ -744,7 +744,7 @@ def explained(source: object, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def require(module: str, source: object) -> ModuleType:
-    """Import a module of an optional library. Raises ValueError with the command that installs it."""
+    """Import a module of an optional library. Raises ValueError, with the install command, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -759,7 +759,7 @@ def _no_column(source: object, column: str, names: Sequence[str]) -> str:
 
 
 def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
-    """The remaining lines of a stream at byte `offset`."""
+    """Yield the remaining lines of a stream that is at byte `offset`."""
     while line := stream.readline(RECORD_BYTES + 1):
         if len(line) > RECORD_BYTES:
             raise ValueError(f"{name}: byte {offset}: the line is longer than {RECORD_BYTES >> 20} MiB; split it")
@@ -768,7 +768,7 @@ def _lines(stream: BinaryIO, offset: int, name: str) -> Iterator[bytes]:
 
 
 def decoded(data: bytes, offset: int, name: str) -> str:
-    """The text of the bytes at `offset` of a document. Raises ValueError with the position of an invalid byte."""
+    """Decode bytes at `offset` in a document. Raises ValueError with the position of the first invalid byte."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""GPT-2 on tinygrad2. Names are imported on first use, so that `python -m gpt2.doctor` runs without NumPy."""
+"""GPT-2 on tinygrad2. Names are imported on first use, so `python -m gpt2.doctor` runs even without NumPy."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

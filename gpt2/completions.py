@@ -1,8 +1,8 @@
-"""Completions for several clients at once: requests and responses of OpenAI's API, and the worker thread.
+"""Completions for concurrent clients: requests and responses of OpenAI's API, and the worker thread.
 
-A single thread does all computation. It serves the running requests round-robin, one token at a time: each text is the
-same as if its request ran alone, no request waits for another to finish, and a cancelled request ends after its current
-token. This module does not depend on the web framework; see serve.py.
+A single thread does all computation. It serves the running requests round-robin, one token at a time, so each text is
+the same as if its request ran alone, no request waits for another to finish, and a cancelled request stops after its
+current token. This module does not depend on the web framework; see serve.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2 import Tensor, no_grad
 from tinygrad2.checkpoint import JsonObject
 
-RUNNING, WAITING = 8, 64  # the maximum number of running and of waiting requests
+RUNNING, WAITING = 8, 64  # the maximum numbers of running and waiting requests
 SECONDS = 600.0  # time limit from a request's arrival to its last token
 MAX_TOKENS, MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8192, 16, 16, 4, 1000, 20
 PROMPT_ROWS = 64  # number of prompt positions whose logits are computed at a time
@@ -67,14 +67,15 @@ class RequestError(ValueError):
 
 @dataclass
 class Request:
-    """A request for continuations of one or several prompts. Lengths are in tokens.
+    """A request for continuations of one or more prompts. Lengths are in tokens.
 
     prompts      the ids of each prompt, at least one per prompt.
     n            the number of continuations per prompt.
-    top_k        an extension of OpenAI's API, like first_step; see `gpt2.generate.generate`.
-    logprobs     None, or the number of most probable alternatives to report with each token.
+    top_k        not part of OpenAI's API, like first_step; see `gpt2.generate.generate`.
+    logprobs     the number of most probable tokens to report at each position, or None.
     echo         whether the continuations begin with the prompt.
     usage        whether a stream ends with the token counts.
+    first_step   the number of the first sampling step.
     """
 
     prompts: list[list[int]]
@@ -105,7 +106,8 @@ def parse_json(body: bytes) -> JsonObject:
 
 
 def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer, model_name: str) -> Request:
-    """The request in a JSON object of OpenAI's API. Raises RequestError, which names the field, if one is not valid."""
+    """Parse a request in the format of OpenAI's API. Raises RequestError, which names the field, if a field is not
+    valid."""
     fields = Fields(values)
     name = fields.text("model", model_name)
     if name != model_name:
@@ -125,7 +127,7 @@ def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer
         usage=_usage(fields.take("stream_options")),
         first_step=fields.integer("first_step", 0, 0, 2**32 - 1),
     )
-    fields.take("user")  # the name of the client's user, which has no effect
+    fields.take("user")  # identifies the client's user; it has no effect
     fields.finish()
     try:
         check_sampling(request.temperature, request.top_k, request.top_p)
@@ -141,7 +143,7 @@ def parse_request(values: JsonObject, model: LanguageModel, tokenizer: Tokenizer
 
 
 class Fields:
-    """The fields of a JSON object, each of which can be taken once. Errors name the field."""
+    """The fields of a JSON object. Each field is taken once. Errors name the field."""
 
     def __init__(self, values: JsonObject):
         self._values = dict(values)
@@ -186,7 +188,7 @@ class Fields:
             if name not in WITHOUT_EFFECT:
                 raise RequestError(f"{name[:80]!r} is not a supported field", name[:80])
             if value not in WITHOUT_EFFECT[name]:
-                raise RequestError(f"{name} is {_shown(value)}, which is not supported; leave it out", name)
+                raise RequestError(f"{name} is {_shown(value)}, which is not supported; omit it", name)
 
 
 def _shown(value: object) -> str:
@@ -220,7 +222,7 @@ def _prompt(value: object, tokenizer: Tokenizer, begin: int) -> list[int]:
 def _stops(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise RequestError("stop: expected a string or a list of strings, none of them empty", "stop")
+        raise RequestError("stop: expected a non-empty string or a list of non-empty strings", "stop")
     if len(stops) > MAX_STOPS or max(map(len, stops), default=0) > MAX_STOP_LENGTH:
         raise RequestError(
             f"stop: expected at most {MAX_STOPS} strings of at most {MAX_STOP_LENGTH} characters", "stop"
@@ -245,10 +247,10 @@ def _usage(value: object) -> bool:
 class TokenInfo:
     """A token of a text.
 
-    start    the number of characters before it in the continuation (with `echo`, in prompt and continuation).
-    logprob  log p of the token in nats, at temperature 1 among all tokens; None if not requested, and for the first
-             token of a text, which is not predicted.
-    top      the most probable tokens at this position and their log p, in descending order.
+    start    the number of characters before it in the continuation (with `echo`, in the prompt and the continuation).
+    logprob  the log-probability of the token in nats, at temperature 1 and over all tokens; None if not requested, and
+             for the first token of a text, which is not predicted.
+    top      the most probable tokens at this position with their log-probabilities, in descending order.
     """
 
     id: int
@@ -261,12 +263,12 @@ class TokenInfo:
 class Piece:
     """A part of one continuation.
 
-    choice  the number of the continuation: prompt * n + sample.
-    text    text that will not change.
-    tokens  the tokens whose text is complete with this piece.
+    choice  the index of the continuation: prompt * n + sample.
+    text    the text of this part, which is final.
+    tokens  the tokens whose text this piece completes.
     finish  why the continuation ends here: "stop" (an end-of-text token or a stop string), "length", or None.
     ending  the end-of-text token, if the model generated one; it is not part of the text.
-    echo    whether this is the prompt.
+    echo    whether this piece is the prompt.
     """
 
     choice: int
@@ -278,7 +280,7 @@ class Piece:
 
 
 class Choice:
-    """Turns the tokens of a continuation into pieces. Tokens are held back until their text is final.
+    """Converts the tokens of a continuation to pieces. Tokens are held back until their text is final.
 
     ends   the ids that end a text.
     start  the number of characters before the continuation.
@@ -290,7 +292,10 @@ class Choice:
         self._waiting: list[TokenInfo] = []
 
     def add(self, token: TokenInfo, last: bool) -> Piece | None:
-        """The piece that a token completes, or None. last: whether this is the last token."""
+        """Add a token. Returns the piece that it completes, or None.
+
+        last  whether this is the last token.
+        """
         token.start = self._start + self.text.decoded
         text = self.text.add(token.id)
         ending = token if token.id in self._ends else None
@@ -309,9 +314,10 @@ class Choice:
 
 
 def pieces(model: LanguageModel, tokenizer: Tokenizer, request: Request) -> Iterator[Piece | None]:
-    """The continuations of a request, as they are generated; None after a step that completes no piece.
+    """Yield the pieces of a request's continuations as they are generated, and None after a step that completes none.
 
-    Raises MemoryError if they need more memory than is free, ValueError if the model's logits are not finite.
+    Raises MemoryError if the continuations need more memory than is free, and ValueError if the model's logits are not
+    finite.
     """
     for i, prompt in enumerate(request.prompts):
         yield from _continuations(model, tokenizer, request, prompt, i * request.n)
@@ -320,7 +326,7 @@ def pieces(model: LanguageModel, tokenizer: Tokenizer, request: Request) -> Iter
 def _continuations(
     model: LanguageModel, tokenizer: Tokenizer, request: Request, prompt: list[int], first: int
 ) -> Iterator[Piece | None]:
-    """The continuations of one prompt."""
+    """The pieces of the continuations of one prompt."""
     start = 0
     if request.echo:
         text = "" if prompt == [begin_id(model, tokenizer)] else tokenizer.decode(prompt)
@@ -401,7 +407,7 @@ def _prompt_tokens(
 
 
 class Answer:
-    """The response to one request: chunks of a stream, or one object with the whole text."""
+    """The response to one request: chunks of a stream, or one object with the complete text."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, model_name: str):
         self._request, self._tokenizer = request, tokenizer
@@ -425,12 +431,12 @@ class Answer:
         self._parts[piece.choice].append(piece)
 
     def whole(self) -> JsonObject:
-        """The response with all pieces."""
+        """The response that contains all pieces."""
         choices = [self._choice(i, parts) for i, parts in self._parts.items()]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     def last_chunk(self) -> JsonObject:
-        """The token counts, at the end of a stream."""
+        """The last chunk of a stream, with the token counts."""
         return {**self._head, "choices": [], "usage": self._usage()}
 
     def _count(self, piece: Piece) -> None:
@@ -466,7 +472,7 @@ class Answer:
         }
 
     def _name(self, token: int) -> str:
-        """A token as OpenAI's API writes it: its text, or "bytes:" and its bytes if they are not valid UTF-8."""
+        """A token in the format of OpenAI's API: its text, or "bytes:" and its bytes if they are not valid UTF-8."""
         data = self._tokenizer.decode_bytes([token])
         try:
             return data.decode()
@@ -483,9 +489,9 @@ END = object()  # delivered after the last result of a job
 
 @dataclass(eq=False)
 class Job:
-    """A computation in steps.
+    """A computation that consists of steps.
 
-    start    begins it; called in the worker thread.
+    start    starts the computation and returns an iterator over the results of its steps; called in the worker thread.
     deliver  called in the worker thread with every result, then with END or with the exception that ended it.
     """
 
@@ -503,7 +509,7 @@ class Job:
 class Worker:
     """The worker thread. It runs the active jobs round-robin, one step at a time.
 
-    running, waiting  the maximum number of running and of waiting jobs.
+    running, waiting  the maximum numbers of running and waiting jobs.
     seconds           the time limit of a job, counted from its submission; a job that exceeds it ends with an error.
     """
 
@@ -528,12 +534,12 @@ class Worker:
         return job
 
     def load(self) -> tuple[int, int]:
-        """The numbers of running and of waiting jobs."""
+        """The numbers of running and waiting jobs."""
         with self._changed:
             return len(self._running), sum(not job.cancelled for job in self._waiting)
 
     def stop(self) -> None:
-        """End the thread after the current step; unfinished jobs get no further results."""
+        """Stop the thread after the current step. Unfinished jobs deliver no further results."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -548,7 +554,7 @@ class Worker:
                         self._running.remove(job)
 
     def _next_round(self) -> bool:
-        """Wait for jobs and start as many as the limit allows. Returns False when the worker is stopped."""
+        """Wait for jobs, and start as many as the limit allows. Returns False if the worker has been stopped."""
         with self._changed:
             while not (self._stopped or self._running or self._waiting):
                 self._changed.wait()

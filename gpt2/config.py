@@ -12,8 +12,8 @@ from tinygrad2.checkpoint import JsonObject
 class GPT2Config:
     """Sizes and dropout rates of a GPT-2 model. The defaults are those of the published 124M model.
 
-    The ids that begin and end a text belong to the model's vocabulary; None if they are not known. Two configs are
-    equal if their models compute the same function, even if these ids differ.
+    bos_token_id and eos_token_id are the ids that begin and end a text, or None if unknown. Two configs are equal if
+    their models compute the same function, even if these ids differ.
     """
 
     vocab_size: int = 50257
@@ -28,8 +28,8 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = field(default=None, compare=False)
-    eos_token_id: int | tuple[int, ...] | None = field(default=None, compare=False)  # generation ends at any of them
-    # The contents of generation_config.json, whose ids take precedence; None if it has only the ids above.
+    eos_token_id: int | tuple[int, ...] | None = field(default=None, compare=False)  # any of them ends a text
+    # The contents of generation_config.json, whose ids take precedence; None if it contains only the ids above.
     generation_config: JsonObject | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,15 +49,15 @@ class GPT2Config:
             raise ValueError(f"config: n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
-                f"config: activation_function is {self.activation_function!r}; supported are "
-                + " and ".join(repr(name) for name in ACTIVATIONS)
+                f"config: activation_function is {self.activation_function!r}; expected "
+                + " or ".join(repr(name) for name in ACTIVATIONS)
             )
 
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             listed = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
             if value is not None and not all(type(i) is int for i in listed):
-                raise ValueError(f"config: {name} is {value!r}; expected an id, several of eos_token_id, or null")
+                raise ValueError(f"config: {name} is {value!r}; expected an id or null (eos_token_id: or a list)")
 
     @staticmethod
     def preset(name: str) -> GPT2Config:
@@ -77,14 +77,14 @@ class GPT2Config:
         inner = values.get("n_inner")
         if inner is not None and inner != 4 * values.get("n_embd", GPT2Config.n_embd):
             raise ValueError(f"config: n_inner is {inner}, which is not supported; expected 4 * n_embd")
-        names = {f.name for f in fields(GPT2Config)} - {"generation_config"}  # (which is in another file)
+        names = {f.name for f in fields(GPT2Config)} - {"generation_config"}  # it is stored in another file
         given = {name: value for name, value in values.items() if name in names}
         if isinstance(given.get("eos_token_id"), list):
             given["eos_token_id"] = tuple(given["eos_token_id"])
         return GPT2Config(**given)
 
     def to_dict(self) -> JsonObject:
-        """The contents of config.json: these fields, and others that Hugging Face's loader needs."""
+        """The contents of config.json: these fields, and others that the loader of transformers requires."""
         constant = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True}
         sizes = {name: value for name, value in asdict(self).items() if name not in ("generation_config", *self.ids())}
         return {**constant, **self.ids(), "n_ctx": self.n_positions, **sizes}
@@ -96,13 +96,13 @@ class GPT2Config:
 
     @property
     def begin_id(self) -> int | None:
-        """The id that begins a text: from generation_config.json, or else from config.json, or else None."""
+        """The id that begins a text, from generation_config.json or else from config.json; None if unknown."""
         found = self._given_ids("bos_token_id")
         return found[0] if found else None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids that end a generated text, from generation_config.json, or else from config.json."""
+        """The ids that end a generated text, from generation_config.json or else from config.json."""
         return self._given_ids("eos_token_id")
 
     def _given_ids(self, name: str) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ class GPT2Config:
         return ()
 
     def with_ids(self, begin: int | None, ends: tuple[int, ...]) -> GPT2Config:
-        """The config with these ids in place of unknown ones."""
+        """The config in which unknown ids are replaced by these."""
         changes: JsonObject = {}
         if self.begin_id is None and self.bos_token_id is None and begin is not None:
             changes["bos_token_id"] = begin
@@ -139,9 +139,10 @@ class GPT2Config:
         return self.vocab_size * C + self.n_positions * C + self.n_layer * block + 2 * C
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and shape of every parameter, in the model's order.
+        """Yield the name and shape of every parameter, in the model's order.
 
-        An iterator, because a damaged file may claim so many layers that a list of names would not fit in memory.
+        This is an iterator because a damaged file may declare so many layers that a list of names would not fit in
+        memory.
         """
         C = self.n_embd
         yield from (("wte.weight", (self.vocab_size, C)), ("wpe.weight", (self.n_positions, C)))
@@ -155,30 +156,29 @@ class GPT2Config:
         yield from (("ln_f.weight", (C,)), ("ln_f.bias", (C,)))
 
     def memory_to_generate(self, samples: int, prompt: int, more: int, itemsize: int = 4) -> dict[str, int]:
-        """Memory in bytes, by use and without the weights, to generate up to `more` tokens per sample after a prompt.
+        """Bytes of memory, by purpose, to generate up to `more` tokens per sample after a prompt. Weights and temporary
+        arrays are not included.
 
         itemsize  bytes per element of the activations.
 
-        The prompt is processed at once, and so is half a context if the text becomes longer than the context. The
-        activations of one layer at a time are needed (16 of width C, see memory_model.py). Temporary arrays are not
-        counted.
+        All tokens of the prompt are processed together, and so is half of the context when the text exceeds the
+        context. Only one layer's activations exist at a time (16 arrays of width C; see memory_model.py).
         """
         context = self.n_positions
         at_once = min(prompt, context) if prompt + more <= context else max(min(prompt, context), context // 2)
         return {
             "keys and values": 2 * self.n_layer * samples * min(prompt + more, context) * self.n_embd * itemsize,
             "activations": (16 + 3) * samples * at_once * self.n_embd * itemsize,
-            "logits": samples
-            * self.vocab_size
-            * (itemsize + 4 + 1),  # and their float32 copy, and the mask of isfinite
+            # The logits, their float32 copy, and the mask of isfinite.
+            "logits": samples * self.vocab_size * (itemsize + 4 + 1),
         }
 
     def flops_per_token(self, block_size: int) -> int:
         """Floating-point operations per token in training: 6 per weight, plus causal attention.
 
-        The forward pass takes 2 per weight and 2 T C per layer in attention (q k^T and P V, on average half of T keys),
-        and the backward pass twice as many. The position embedding is only looked up. The token embedding is counted,
-        since it is also the matrix of the output layer.
+        The forward pass takes 2 per weight, and 2 T C per layer in attention (q k^T and P V over T / 2 keys on
+        average). The backward pass takes twice as many. The position embedding is not counted, since it is only looked
+        up. The token embedding is counted, since it is also the matrix of the output layer.
         """
         weights = self.n_parameters - self.n_positions * self.n_embd
         return 6 * weights + 6 * self.n_layer * self.n_embd * block_size
@@ -187,23 +187,23 @@ class GPT2Config:
 def is_matrix(name: str) -> bool:
     """Whether a parameter is the weight matrix of a linear layer.
 
-    It is (in, out) here and in OpenAI's files, but (out, in) in PyTorch's nn.Linear, and therefore in nanoGPT,
-    build-nanogpt and llm.c files.
+    Its shape is (in, out) here and in OpenAI's files, but (out, in) in PyTorch's nn.Linear, and therefore in files of
+    nanoGPT, build-nanogpt and llm.c.
     """
     return ".c_" in name and name.endswith(".weight")
 
 
 GPT2_VOCAB_SIZE = 50257  # tiktoken's gpt2
-PADDED_VOCAB_SIZE = 50304  # padded by nanoGPT and build-nanogpt; the added ids never occur in text
+PADDED_VOCAB_SIZE = 50304  # as padded by nanoGPT and build-nanogpt; the additional ids never occur in text
 
 WEIGHT_DTYPES = ("float32", "bfloat16")  # for generation; see model.to_generate
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name for the first
 
-BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes has the vocabulary of its data
+BYTE_PRESETS = ("nano", "micro")  # a new model of these sizes uses the vocabulary of its data
 
-# Settings of Hugging Face's GPT2Config that change the function, with the values that this model supports.
+# Settings of Hugging Face's GPT2Config that change what the model computes, and the values that are supported here.
 SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "scale_attn_weights": (True,),
@@ -213,8 +213,8 @@ SUPPORTED_VALUES: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 
-# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are our own,
-# small enough to train on a CPU, with bytes as tokens; micro is the model in checkpoint/.
+# Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2. The first two are not in the
+# paper: they are small enough to train on a CPU, and their tokens are bytes. micro is the model in checkpoint/.
 BYTES: JsonObject = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
 PUBLISHED: JsonObject = {"vocab_size": GPT2_VOCAB_SIZE, "bos_token_id": 50256, "eos_token_id": 50256}
 PRESETS = {

@@ -1,6 +1,6 @@
-"""How commands run: options, exit status, one-line errors, Ctrl-C, closed pipes, and text on a terminal.
+"""The framework for commands: options, exit status, one-line errors, Ctrl-C, closed pipes, and terminal output.
 
-A command's file has this form:
+A command's module has this form:
 
     def command_line() -> Parser: ...
 
@@ -10,7 +10,8 @@ A command's file has this form:
     if __name__ == "__main__":
         sys.exit(console.run(main))
 
-It prints with `say` and `print_error`, and raises ValueError, OSError or MemoryError with a one-line message.
+A command prints with `say` and `print_error`, and reports an error by raising ValueError, OSError or MemoryError with a
+one-line message.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from tinygrad2.files import discard_stdout
 MIN_WIDTH, MAX_HELP_WIDTH = 20, 100  # columns
 
 
-# Text on a terminal
+# Terminal output
 
 
 def visible(text: str) -> str:
-    """The text with control characters and other invisible format characters escaped, such as \\x1b or \\u202e.
+    """The text with control characters and other invisible characters escaped, for example as \\x1b or \\u202e.
 
-    Apply it to all text from models, names, data and configuration files: such characters could control the terminal.
-    Newlines, tabs and the joiners that scripts and emoji need are kept.
+    Apply it to all text from models, file names, data and configuration files, because such characters could control
+    the terminal. Newlines, tabs, and the joiners that some scripts and emoji require are kept.
     """
     return "".join(
         c.encode("unicode_escape").decode()
@@ -54,12 +55,12 @@ def visible(text: str) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line on stdout, with control characters visible."""
+    """Print a line to stdout, with control characters escaped."""
     print(visible(line), flush=True)
 
 
 def say_if_possible(line: str) -> None:
-    """Print a line on stdout. An output error (a closed pipe, a full disk) is ignored, so that the work continues."""
+    """Print a line to stdout, and ignore an output error (a closed pipe, a full disk), so that the caller continues."""
     try:
         say(line)
     except OSError:
@@ -67,14 +68,15 @@ def say_if_possible(line: str) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr, with control characters visible."""
+    """Print a line to stderr, with control characters escaped."""
     print(visible(line), file=sys.stderr, flush=True)
 
 
 class Wrapper:
-    """Wraps text that arrives in pieces: lines are broken between words to fit the width.
+    """Wraps text that arrives in pieces. Lines are broken between words to fit the width.
 
-    width   the number of columns. Wide characters, as in Chinese, take two, and a line may be broken between them.
+    width   the number of columns. Wide characters, such as Chinese ones, occupy two columns, and a line may be broken
+            between them.
     indent  printed before every line.
     """
 
@@ -116,9 +118,9 @@ class Wrapper:
 
 
 class TextPrinter:
-    """Prints a text on stdout in pieces. A context manager that ends the last line, even after Ctrl-C.
+    """Prints a text to stdout in pieces. It is a context manager that ends the last line, even after Ctrl-C.
 
-    On a terminal the text is wrapped and control characters are visible; in a file or a pipe it is unchanged.
+    On a terminal, the text is wrapped and control characters are escaped. In a file or a pipe, it is unchanged.
     """
 
     def __init__(self) -> None:
@@ -149,7 +151,7 @@ def columns(text: str) -> int:
 
 
 def wrapped(text: str, width: int, indent: str = "") -> str:
-    """The text wrapped by a Wrapper."""
+    """The text, wrapped by a Wrapper."""
     pieces: list[str] = []
     wrapper = Wrapper(pieces.append, width, indent)
     wrapper.write(text)
@@ -162,19 +164,19 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns
 
 
-# How a command starts and ends
+# Running a command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train": "train.py", "sample": "sample.py", "prepare": "data/prepare.py"}
 
 
 def quoted(text: str) -> str:
-    """Text as an argument of a shell command."""
+    """The text, quoted as an argument of a shell command."""
     return f'"{text}"' if all(c.isalnum() or c in " .,:;?" for c in text) else shlex.quote(text)
 
 
 def script_name(name: str) -> str:
-    """The name of a script in messages: its file in the repository, or its module in an installed package."""
+    """The name of a script in messages: its path in the repository, or its module in an installed package."""
     return SCRIPTS[name] if (ROOT / SCRIPTS[name]).is_file() else f"gpt2.{name}"
 
 
@@ -197,16 +199,16 @@ def command(
     kept: str = "",
     fail: Callable[[str, int], int] = _fail,
 ) -> Callable[[Callable[[Sequence[str] | None], int]], Callable[..., int]]:
-    """A decorator for a command's main function, which turns exceptions into one line on stderr and an exit status.
+    """A decorator for a command's main function, which converts exceptions to one line on stderr and an exit status.
 
     ValueError, OSError, MemoryError  "NAME: error: ..." and `failed`
     an invalid option                 the same line and 2, from Parser
-    BrokenPipeError                   `closed_pipe`, without a line: the output was closed by its reader. If None, it is
-                                      handled like any other OSError.
+    BrokenPipeError                   no line, and `closed_pipe`: the reader of the output closed it. If `closed_pipe`
+                                      is None, the error is handled like any other OSError.
     Ctrl-C                            "NAME: interrupted" and 130; see on_interrupt
 
-    kept  what remains valid after an operating-system error or an interrupt; appended to the line.
-    fail  prints the line and returns the status.
+    kept  what is still valid after an operating-system error or an interrupt; appended to the line.
+    fail  prints the line and returns the exit status.
     """
     remark = f"; {kept}" if kept else ""
 
@@ -234,7 +236,7 @@ def command(
 
 @contextmanager
 def on_interrupt(remark: str) -> Iterator[None]:
-    """A context in which Ctrl-C is reported with this remark, for example what happens to the output."""
+    """A context in which Ctrl-C is reported with this remark, for example about the state of the output."""
     try:
         yield
     except KeyboardInterrupt:
@@ -242,21 +244,21 @@ def on_interrupt(remark: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Run a command's main function; called on the last line of its file. Returns its exit status."""
+    """Run a command's main function, and return its exit status. Called on the last line of the command's module."""
     try:
         interrupts.raise_on_ctrl_c()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # the terminal's encoding may not support every character
         return main()
-    except KeyboardInterrupt:  # just before or after main
+    except KeyboardInterrupt:  # it arrived just before or after main
         return 130
     finally:
         interrupts.exit_silently_on_ctrl_c()
 
 
 def one_line(error: Exception) -> str:
-    """The error's message; for an operating-system error, the file's name and the reason."""
+    """The error's message, or for an operating-system error, the name of the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
@@ -286,8 +288,8 @@ def duration(seconds: float) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help with the same width for every command. Each option ends with [required] or its default; if the default is
-    None, the help text itself says what happens without the option."""
+    """Formats help with the same width for every command. Each option's text ends with [required] or the default. If
+    the default is None, the text itself says what happens without the option."""
 
     def __init__(self, prog: str):
         width = max(MIN_WIDTH, min(MAX_HELP_WIDTH, terminal_width()))
@@ -297,7 +299,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(action.option_strings)} {value}"  # the value only once, even before Python 3.13
+        return f"{', '.join(action.option_strings)} {value}"  # Python 3.12 and older repeat the value after each flag
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -311,14 +313,14 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with titled option groups. An invalid option is reported in one line, with the most similar flag.
+    """A parser with titled groups of options. An invalid option is reported in one line, with the most similar flag.
 
     Flags may be written with "_" instead of "-", as in nanoGPT.
 
-    command      the command as it is typed, such as "python -m gpt2.verify".
+    command      the command as the user types it, such as "python -m gpt2.verify".
     positionals  the positional arguments, for the usage line.
     familiar     flags of other programs, each with advice on what to use instead.
-    stray        returns advice for positional arguments that the command does not have.
+    stray        returns advice for unexpected positional arguments.
     """
 
     def __init__(
@@ -348,7 +350,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, visible(f"{name}: error: {message} ({self.prog} --help lists the options)\n"))
 
     def _choices_of_missing(self, message: str) -> str:
-        """The choices of the options that are required, and not given."""
+        """The choices of the required options that are missing."""
         missing = message.rpartition("arguments are required: ")[2].split(", ")
         return "".join(
             f"; {flag} is one of {', '.join(map(str, action.choices))}"
@@ -358,7 +360,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def _dash_advice(self, message: str) -> str:
-        """How to pass a value that begins with "-", if that is why an option has no value."""
+        """Advice on how to pass a value that begins with "-", if that is why the value is missing."""
         if not message.endswith("expected one argument"):
             return ""
         flags = message.removeprefix("argument ").partition(":")[0].split("/")
@@ -367,9 +369,10 @@ class Parser(argparse.ArgumentParser):
         return f"; a value that begins with - follows a =, as in {shlex.quote(f'{flags[-1]}={value}')}" if value else ""
 
     def check_output(self, name: str, path: Path | None) -> None:
-        """Report a file that the command cannot write: its folder must exist, and it must not be a folder.
+        """Report an output file that the command cannot write, because its folder does not exist or it is a folder.
 
-        name  of the option;  path  None if it is not given.
+        name  the name of the option.
+        path  the value of the option, or None.
         """
         if path is not None and not path.parent.is_dir():
             self.error(f"{name} {path}: the folder {path.parent}/ does not exist")
@@ -392,7 +395,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _with_dashes(argument: str) -> str:
-    """--max_tokens=5 as --max-tokens=5; other arguments are unchanged."""
+    """The argument with dashes in its flag: --max_tokens=5 becomes --max-tokens=5. Other arguments are unchanged."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if argument.startswith("--") and " " not in name else argument
 
@@ -404,7 +407,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def suggestion(flag: str, known: Sequence[str], familiar: Mapping[str, str]) -> str:
-    """What to use instead of an unknown flag: the advice for another program's flag, or the most similar flag."""
+    """Advice on an unknown flag: the advice for this flag of another program, or the most similar flag."""
     plain = flag.replace("--no-", "--", 1)
     if plain in familiar:
         return f"; {familiar[plain]}"

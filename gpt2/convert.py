@@ -27,15 +27,15 @@ from tinygrad2.files import atomic_write
 
 FORMATS = {
     "hf": "a Hugging Face folder with config.json, model.safetensors, generation_config.json and the tokenizer's files",
-    "pt": "a PyTorch file as nanoGPT writes it, a dictionary with model and model_args, and for a run the optimizer "
-    "state, so that --init_from=resume continues it",
+    "pt": "a PyTorch file in nanoGPT's format, a dictionary with model and model_args, and for a run also the "
+    "optimizer state, so that --init_from=resume resumes the run",
     "llmc": "an llm.c .bin file, in float32 or bfloat16",
 }
-RUN_FORMAT = {"run": "the out-dir of a run that train.py resumes, from nanoGPT's ckpt.pt or from a checkpoint of a run"}
+RUN_FORMAT = {"run": "an out-dir from which train.py resumes, if SRC is nanoGPT's ckpt.pt or a checkpoint of a run"}
 ALL_FORMATS = {**FORMATS, **RUN_FORMAT}
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 NANOGPT_GELU = (
-    "nanoGPT computes exact GELU, and this model uses the tanh approximation; the activations differ by up to 5e-4. "
+    "nanoGPT computes exact GELU, but this model uses the tanh approximation; the activations differ by up to 5e-4. "
     "Use nn.GELU(approximate='tanh') in nanoGPT's model.py"
 )
 
@@ -47,11 +47,11 @@ def convert(
 
     form        one of FORMATS or RUN_FORMAT.
     dtype       the dtype to write; float32 is exact for float32, float16 and bfloat16 values.
-    activation  the form of GELU, if the file names the wrong one: nanoGPT's files do not say which version trained
-                them.
+    activation  the form of GELU, if the one in the file is wrong: nanoGPT's files do not record which version of
+                nanoGPT wrote them.
 
-    Returns the config that was written. If the model has no begin and end ids, those of its tokenizer are written.
-    After an error or an interrupt, nothing is left at `target`. Raises ValueError or OSError.
+    Returns the config that was written. If the model has no begin and end ids, the ids of its tokenizer are written.
+    After an error or an interrupt, nothing remains at `target`. Raises ValueError or OSError.
     """
     source, target = Path(source), Path(target)
     if target.exists():
@@ -89,7 +89,8 @@ def convert(
 
 
 def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenizer | None, GPT2Config]:
-    """The model's tokenizer, or None if unknown, and its config; missing begin and end ids come from the tokenizer."""
+    """The model's tokenizer, or None if unknown, and its config, in which missing begin and end ids are the
+    tokenizer's."""
     try:
         tokenizer = Tokenizer.for_model(source, model.config.vocab_size)
     except (ValueError, OSError) as error:
@@ -101,7 +102,7 @@ def _with_tokenizer(model: ModelFile, source: Path, form: str) -> tuple[Tokenize
 
 
 def _training_state(model: ModelFile, source: Path, form: str) -> TrainingState | None:
-    """The training state in the source. If there is none: None, or an error for `--to run`."""
+    """The training state in the source. If there is none, returns None, or raises ValueError for `--to run`."""
     if form not in ("pt", "run"):
         return None
     if exchange.is_run(source):
@@ -139,7 +140,7 @@ def _write_tokenizer(folder: Path, config: GPT2Config, tokenizer: Tokenizer, sou
             shutil.copyfile(file, folder / name)
         return
     tokenizer.save_hugging_face(folder, config.n_positions)
-    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # that layout cannot represent this tokenizer
+    if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:  # the layout cannot represent this tokenizer
         tokenizer.save(folder)
 
 
@@ -155,12 +156,12 @@ def command_line() -> Parser:
         "source",
         metavar="SRC",
         help="a Hugging Face folder, a PyTorch .pt or .bin file (nanoGPT, build-nanogpt, a plain state dict), an "
-        "llm.c .bin file, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl, which are downloaded",
+        "llm.c .bin file, the out-dir of a run, or gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded if needed)",
     )
     group.add_argument(
         "--activation",
         choices=ACTIVATIONS[:2],
-        help="the form of GELU, if the file names the wrong one [default: as in SRC]",
+        help="the form of GELU, if the one in SRC is wrong [default: as in SRC]",
     )
     group = parser.add_argument_group("output")
     group.add_argument("target", metavar="DST", help="the file or folder to write; it must not exist")
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     options = parser.parse_args(arguments)
     if not options.source or not options.target:
-        parser.error("SRC or DST is empty; expected a model, and the file or folder to write")
+        parser.error("SRC or DST is empty; expected a model and the file or folder to write")
     with console.on_interrupt(f"{options.target} was not written"):
         source = find_model(Path(options.source), console.print_error)
         config = convert(source, options.target, options.to, options.dtype, options.activation or "")

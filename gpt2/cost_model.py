@@ -1,7 +1,8 @@
-"""The cost of a training step before it runs: FLOPs and bytes of every kernel, and its time on a device.
+"""Predicts the cost of a training step: the FLOPs and bytes of every kernel, and its time on a device.
 
-The time of a kernel is the longer of its arithmetic and its memory traffic (the roofline model: Williams, Waterman and
-Patterson, 2009), each at the rate that the kernel's family sustains on the device, plus the overhead of a call:
+The time of a kernel is the maximum of the times for its arithmetic and for its memory traffic (the roofline model:
+Williams, Waterman and Patterson, 2009), each at the rate that the kernel's family sustains on the device, plus the
+overhead of a call:
 
     seconds = max(FLOPs / FLOP rate, bytes / byte rate) + call
 
@@ -26,7 +27,7 @@ WIDE = 4  # bytes per parameter, gradient, moment or statistic
 
 
 class Cost(NamedTuple):
-    """One call of a kernel.
+    """The cost of one call of a kernel.
 
     family  the family of kernels whose rates apply.
     flops   FLOPs of matrix products; 0 for kernels limited by memory.
@@ -39,7 +40,12 @@ class Cost(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel of a step. `backward`: whether it is part of the backward pass."""
+    """A kernel of a step.
+
+    calls     the number of calls per step.
+    cost      the cost of one call.
+    backward  whether it is part of the backward pass.
+    """
 
     name: str
     calls: int
@@ -58,7 +64,7 @@ class Rate(NamedTuple):
 class Device:
     """A CPU or GPU.
 
-    memory  bytes, or None if unknown.
+    memory  bytes of memory, or None if unknown.
     rates   the rates of every family.
     call    seconds of overhead per call on the device.
     host    seconds of Python per call.
@@ -95,7 +101,8 @@ FAMILIES = (*PRODUCTS, *ATTENTION, *MEMORY)
 
 
 def product(m: int, k: int, n: int, s: int, family: str = "product", *, accumulate: bool = False) -> Cost:
-    """(m, k) by (k, n). accumulate: the result is added to a 4-byte gradient, which is read and written."""
+    """The product of (m, k) and (k, n). With `accumulate`, the result is added to a 4-byte gradient, which is read and
+    written."""
     written = 2 * WIDE * m * n if accumulate else s * m * n
     return Cost(family, 2 * m * k * n, s * (m * k + k * n) + written)
 
@@ -115,7 +122,7 @@ def attention_backward(B: int, T: int, C: int, H: int, s: int, products: int = 5
 
 
 def reference_attention(B: int, T: int, C: int, H: int, s: int, products: int, passes: int) -> Cost:
-    """Attention by reference.py on an array library: the T x T arrays are read or written `passes` times."""
+    """Attention by reference.py on an array library; T x T arrays are read or written `passes` times."""
     return Cost("reference_attention", products * B * T * T * C, passes * s * B * H * T * T / 2)
 
 
@@ -125,12 +132,13 @@ def column_sums(N: int, n: int, s: int) -> Cost:
 
 
 def layernorm_forward(N: int, C: int, s: int, arrays: int = 4) -> Cost:
-    """Reads x and delta, writes their sum and y (4 arrays); without the addition 2 arrays. Two statistics per row."""
+    """Reads x and delta, writes their sum and y (4 arrays); without the addition, reads x and writes y (2 arrays). Also
+    writes two statistics per row."""
     return Cost("layernorm_forward", 0, arrays * N * C * s + 2 * WIDE * N)
 
 
 def layernorm_backward(N: int, C: int, s: int, arrays: int = 4) -> Cost:
-    """Reads ds, dy and the sum, writes dx (4 arrays), or 3 arrays without ds."""
+    """Reads ds, dy and the sum, writes dx (4 arrays); without the addition, there is no ds (3 arrays)."""
     return Cost("layernorm_backward", 0, arrays * N * C * s + 2 * WIDE * N)
 
 
@@ -155,7 +163,7 @@ def embedding_forward(N: int, C: int, s: int) -> Cost:
 
 
 def embedding_backward(N: int, T: int, C: int, V: int, s: int) -> Cost:
-    """Reads dy for the tokens and for the positions, and adds to the rows of both gradients that are used."""
+    """Reads dy for the tokens and for the positions, and adds to the rows of both gradients that occur."""
     return Cost("embedding", 0, 2 * N * C * s + 2 * WIDE * C * (min(N, V) + T))
 
 
@@ -166,7 +174,7 @@ def elementwise(family: str, elements: float, nbytes: float) -> Cost:
 
 # A step --------------------------------------------------------------------------------------------------------------
 
-LINEAR = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}  # layers of a block: (inputs, outputs) / C
+LINEAR = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}  # linear layers of a block: (in, out) / C
 FUSED_HEAD_SIZES = range(16, 129, 16)  # head sizes of the bfloat16 attention kernels; see kernels/cuda.py
 
 
@@ -179,10 +187,10 @@ def micro_step(
     head_rows: int | None = None,
     cuda: bool = True,
 ) -> list[Kernel]:
-    """The kernels of the forward and the backward pass of a batch, in the order of the forward pass.
+    """The kernels of the forward and backward passes of a batch, in the order of the forward pass.
 
-    cuda  whether it runs on a GPU, where the backward pass of bfloat16 attention takes 7 products, and reference.py
-          computes attention for other dtypes.
+    cuda  whether the step runs on a GPU, where the backward pass of bfloat16 attention takes 7 products, and
+          reference.py computes attention for other dtypes.
     """
     B, T, C, L, V = batch_size, block_size, config.n_embd, config.n_layer, config.vocab_size
     N, s = B * T, Precision.of(precision).activation_bytes
@@ -195,11 +203,11 @@ def micro_step(
             Kernel(f"{name} dgrad", L, product(N, n, k, s, family), True),
             Kernel(f"{name} wgrad", L, product(k, N, n, s, family, accumulate=True), True),
         ]
-        if name != "up":  # gelu_backward sums its bias gradient
+        if name != "up":  # its bias gradient is computed by gelu_backward
             kernels.append(Kernel(f"{name} dbias", L, column_sums(N, n, s), True))
     kernels += _attention(config, B, T, s, again, cuda)
-    extra = again - L  # recomputed normalizations; the first block's has no addition
-    single = recomputed(config, cuda)  # results that the backward pass recomputes one by one
+    extra = again - L  # recomputed LayerNorms; that of the first block has no addition
+    single = recomputed(config, cuda)  # results that the backward pass recomputes individually
     kernels += [
         Kernel("layernorm_forward", 1 + (extra > 0) + L * single["layernorm"], layernorm_forward(N, C, s, arrays=2)),
         Kernel("add_layernorm_forward", 2 * again - (extra > 0), layernorm_forward(N, C, s)),
@@ -219,13 +227,13 @@ def _attention(config: GPT2Config, B: int, T: int, s: int, again: int, cuda: boo
     fused = not cuda or (s == 2 and config.head_size in FUSED_HEAD_SIZES)
     if fused:
         forward, backward = attention_forward(B, T, C, H, s), attention_backward(B, T, C, H, s, 7 if cuda else 5)
-    else:  # reads and writes of scores in reference.py: 12 forward, 22 backward
+    else:  # reference.py reads or writes the scores 12 times in the forward pass and 22 times in the backward pass
         forward, backward = (reference_attention(B, T, C, H, s, *counts) for counts in ((2, 12), (5, 22)))
     return [Kernel("attention_forward", again, forward), Kernel("attention_backward", L, backward, True)]
 
 
 def _dropout(config: GPT2Config, N: int, s: int, again: int) -> list[Kernel]:
-    """Dropout of the embeddings and of the two branches of each block. (Attention's dropout is part of its kernel.)"""
+    """Dropout of the embeddings and of the two branches of each block. (The attention kernel includes its dropout.)"""
     forward = (config.embd_pdrop > 0) + 2 * again * (config.resid_pdrop > 0)
     backward = (config.embd_pdrop > 0) + 2 * config.n_layer * (config.resid_pdrop > 0)
     cost = elementwise("dropout", N * config.n_embd, 2 * s)
@@ -234,7 +242,7 @@ def _dropout(config: GPT2Config, N: int, s: int, again: int) -> list[Kernel]:
 
 
 def _head(N: int, C: int, V: int, s: int, chunks: int) -> list[Kernel]:
-    """The output layer and its loss, in chunks of rows, each of which reads the table and its gradient."""
+    """The output layer and the loss, in chunks of rows. Every chunk reads the token embedding and its gradient."""
     rows = N / chunks
     forward, dgrad, wgrad = (
         product(N, C, V, s, "head product"),
@@ -257,11 +265,12 @@ def _head(N: int, C: int, V: int, s: int, chunks: int) -> list[Kernel]:
 def update(
     config: GPT2Config, precision: PrecisionLike = "float32", optimizer: str = "adamw", shards: int = 1
 ) -> list[Kernel]:
-    """The kernels of the optimizer's step: the norm, the update, clearing the gradients, the copies of the weights.
+    """The kernels of the optimizer's step: gradient norm, update, clearing the gradients, refreshing weight copies.
 
     shards  number of ranks that share the optimizer state (ZeRO stage 1); each updates a part.
-    AdamW reads value, gradient and two moments and writes all but the gradient: 28 bytes per parameter. SGD has one
-    moment: 20. Muon has SGD's traffic for hidden-layer matrices, plus their orthogonalization.
+
+    AdamW reads the value, the gradient and two moments, and writes all but the gradient: 28 bytes per parameter. SGD
+    has one moment: 20 bytes. For hidden-layer matrices, Muon has SGD's traffic plus the orthogonalization.
     """
     P, types = config.n_parameters, Precision.of(precision)
     hidden = 12 * config.n_layer * config.n_embd**2 if optimizer == "muon" else 0
@@ -284,7 +293,8 @@ def update(
 def orthogonalize(config: GPT2Config, ranks: int) -> Cost:
     """Muon's Newton-Schulz iteration (Jordan et al. 2024): 5 times X X^T, its square, and a product with X.
 
-    (m, n) with m <= n takes 2 m^2 n + 2 m^3 + 2 m^2 n FLOPs. A block has q, k, v and proj (C, C), up and down (C, 4 C).
+    An iteration for a matrix (m, n) with m <= n takes 2 m^2 n + 2 m^3 + 2 m^2 n FLOPs. A block has the matrices q, k, v
+    and proj (C, C), and up and down (C, 4 C).
     """
     C = config.n_embd
     square, wide = (5 * (4 * C * C * n + 2 * C**3) for n in (C, 4 * C))
@@ -299,13 +309,13 @@ class Card:
     """A GPU model. Its peak FLOP/s and memory bandwidth are in tinygrad2/gpus.py under the same name.
 
     memory     bytes, from the data sheet.
-    link       bytes/s to another GPU, each way, from the data sheet: NVLink, PCIe, or half of PCIe where data passes
-               through the host.
-    products   the fraction of the bfloat16 peak that cublasLt's first choice of algorithm is expected to sustain.
-    attention  the same for the attention kernels, forward and backward. Hopper and later reach their peak only with
-               instructions that these do not use (wgmma, tcgen05).
+    link       bytes/s to another GPU in each direction, from the data sheet: NVLink, PCIe, or half of PCIe if data
+               passes through the host.
+    products   the fraction of the bfloat16 peak that the first algorithm suggested by cuBLASLt is expected to sustain.
+    attention  the same for the attention kernels, forward and backward. Hopper and later GPUs reach their peak only
+               with instructions that these kernels do not use (wgmma, tcgen05).
 
-    These fractions are estimates, from counting instructions and from published benchmarks of other programs.
+    The fractions are estimates, based on instruction counts and on published benchmarks of other programs.
     """
 
     memory: float
@@ -335,7 +345,7 @@ CARDS = {
     "RTX 4090": Card(24e9, 15.8e9, 0.91, (0.515, 0.435)),
     "RTX 3090": Card(24e9, 15.8e9, 0.85, (0.50, 0.42)),
 }
-SMALL_PRODUCT = 0.84  # relative to the rate of other products: too few tiles to fill the GPU evenly
+SMALL_PRODUCT = 0.84  # relative to other products, since there are too few tiles to fill the GPU evenly
 NARROW = 0.75  # fraction of the peak in float32 and TF32, which is easier to sustain
 COPY = 0.92  # fraction of the data sheet's bandwidth that a copy reaches
 REACHED = {  # fraction of the copy bandwidth that memory-limited kernels are expected to reach
@@ -343,16 +353,16 @@ REACHED = {  # fraction of the copy bandwidth that memory-limited kernels are ex
     "gelu_backward": 0.85, "cross_entropy": 0.8, "embedding": 0.7, "dropout": 0.85, "sum": 0.85, "squared_norm": 0.85,
     "update": 0.85, "zero_grad": 0.85, "copies": 0.8, "reference_attention": 0.7,
 }  # fmt: skip
-LAUNCH, PYTHON = 2e-6, 27e-6  # seconds per call on the device, and on the host
+LAUNCH, PYTHON = 2e-6, 27e-6  # seconds per call, on the device and on the host
 RING = 0.8  # fraction of a link's rate that NCCL's ring reaches
 
 
 def gpu(name: str, precision: PrecisionLike) -> Device:
-    """The GPU with this name in CARDS, in a precision. Raises ValueError if its peak in this precision is unknown."""
+    """The GPU `name` of CARDS. Raises ValueError if its peak in this precision is unknown."""
     card, types = CARDS[name], Precision.of(precision)
     peak = PEAK_TFLOPS[name].get(types.name)
     if peak is None:
-        raise ValueError(f"{name} has no known peak in {types.name}; choose one of {', '.join(PEAK_TFLOPS[name])}")
+        raise ValueError(f"the peak of {name} in {types.name} is unknown; choose one of {', '.join(PEAK_TFLOPS[name])}")
     memory = 1e9 * BANDWIDTH[name] * COPY
     products = 1e12 * peak * (card.products if types.copies else max(card.products, NARROW))
     rates = {family: Rate(math.inf, memory * part) for family, part in REACHED.items()}
@@ -377,14 +387,14 @@ class Communication(NamedTuple):
 
 
 def communication(config: GPT2Config, device: Device, ranks: int, zero: bool, backward: float) -> Communication:
-    """Summing the gradients over the ranks and, with ZeRO, gathering the new values.
+    """The communication that sums the gradients over the ranks and, with ZeRO, gathers the new parameters.
 
     In a ring all-reduce, each of n ranks sends and receives 2 (n - 1) / n of the gradients' bytes (Patarasuk and Yuan,
-    2009). With ZeRO stage 1 half of that, a reduce-scatter; an all-gather of the values, the other half, follows
-    the update. A bucket is summed while the backward pass computes the next ones. The gradient of the token embedding
-    is complete last, so its all-reduce does not overlap.
+    2009). With ZeRO stage 1, a reduce-scatter transfers half of that, and an all-gather of the parameters after the
+    update transfers the other half. A bucket is summed while the backward pass computes the next ones. The gradient of
+    the token embedding is complete last, so its all-reduce does not overlap.
 
-    backward  the seconds of the last micro-step's backward pass, an upper bound for the overlap.
+    backward  seconds of the last micro-step's backward pass, an upper bound on the overlap.
     """
     if ranks == 1:
         return Communication(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Decoding on a CPU with one compiled call per token: GPT-2's operations on the arrays of one cache."""
+"""Decoding on a CPU with one compiled call per token, which runs all of GPT-2's operations on one key-value cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from tinygrad2.nn import Parameter
 
 
 class CpuDecoder:
-    """The logits of the next token, given one more token of each text and a key-value cache: generate.next_logits for
-    T = 1, with the same kernels and the same bits, but without Python between them."""
+    """Computes the logits of the next token from the latest token of each text and a key-value cache.
+
+    It is equivalent to generate.next_logits for T = 1. It calls the same kernels, so the results are bitwise equal, but
+    no Python code runs between the kernels."""
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> CpuDecoder | None:
-        """A decoder for this model and cache; None if it does not support them: an architecture other than GPT-2, GELU
-        with the error function, activations other than float32, a GPU, heads of an unusual size, many texts, or
-        TINYGRAD2_KERNELS=reference."""
+        """Return a decoder for this model and cache, or None if they are not supported. Not supported are: an
+        architecture other than GPT-2, GELU with the error function, activations other than float32, a GPU, an unusual
+        head size, a large batch, and TINYGRAD2_KERNELS=reference."""
         config = model.config
         if not isinstance(config, GPT2Config) or config.activation_function == "gelu":
             return None
@@ -34,11 +36,11 @@ class CpuDecoder:
     def __init__(self, model: LanguageModel, config: GPT2Config, cache: Cache):
         self._model, self._config, self._layers = model, config, cache.layers
         self._parameters: dict[str, Parameter] = dict(model.named_parameters())
-        self._read: list[Array] = []  # the arrays of the parameters in the program
+        self._read: list[Array] = []  # the parameter arrays that the program reads
 
     def __call__(self, tokens: np.ndarray, position: int) -> Array:
-        """Logits (B, V) in float32 for tokens (B,) at `position` of their texts; their keys and values are added to the
-        cache. Raises ValueError for a token or a position out of range."""
+        """Return the logits (B, V), in float32, that follow tokens (B,) at `position`, and append the keys and values
+        of these tokens to the cache. Raises ValueError if a token or the position is out of range."""
         capacity = min(self._layers[0].shape[3], self._config.n_positions)
         if not 0 <= position < capacity:
             raise ValueError(f"decode: position {position} is out of range; expected 0 to {capacity - 1}")
@@ -53,7 +55,7 @@ class CpuDecoder:
         return self._logits.copy()
 
     def _make_program(self) -> None:
-        """The operations of model.features and model.head, after the embedding."""
+        """Compile the operations of model.features and model.head that follow the embedding."""
         config, texts = self._config, self._layers[0].shape[1]
         backend, C, eps = self._model.backend, config.n_embd, config.layer_norm_epsilon
         arrays = {name: backend.to_host(parameter.data) for name, parameter in self._parameters.items()}

@@ -1,8 +1,8 @@
-"""The rates of this machine's CPU, for cost_model.py, measured in a second or two by training a small model.
+"""Measures the rates of this machine's CPU for cost_model.py, by training a small model for a second or two.
 
-The model has the width, heads and sequence length of the planned one, but one layer, fewer rows and a smaller
-vocabulary, so each kernel works on arrays of similar shape. The profiler measures the kernels; the remaining
-time, divided by the number of calls, is Python's time per call.
+The small model has the width, heads and sequence length of the planned model, so each kernel works on arrays of similar
+shape. It has one layer, fewer rows and a smaller vocabulary. The profiler measures the kernels; the remaining time,
+divided by the number of calls, is Python's time per call.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tinygrad2.profiler import Profiler
 
 SECONDS = 1.0  # minimum duration of the measurement
 FEWEST_STEPS = 2
-ROWS = 1024  # maximum, unless one sequence has more
+ROWS = 1024  # maximum, unless a single sequence is longer
 VOCABULARY = 8192  # maximum
 ETHERNET = 1.25e9  # default bytes/s between machines: 10 Gbit/s
 
-# Families by kernel name; products and the head are separated below.
+# The family of each kernel; products and the head are handled separately below.
 FAMILY_OF = {
     "attention_forward": "attention_forward",
     "attention_backward": "attention_backward",
@@ -49,7 +49,7 @@ FAMILY_OF = {
 
 
 def measure(step: Step) -> Device:
-    """This CPU, with the rates that kernels reach on arrays of this step's shapes."""
+    """This CPU, with the rates that kernels reach on arrays with the shapes of this step."""
     config = replace(step.config, n_layer=1, vocab_size=min(step.config.vocab_size, VOCABULARY))
     T = step.block_size
     B = max(1, min(step.batch_size, ROWS // T))
@@ -70,7 +70,8 @@ def measure(step: Step) -> Device:
 
 
 def _profiled(config: GPT2Config, B: int, T: int, precision: Precision) -> tuple[dict[str, float], float]:
-    """Seconds per step by kernel ("" is the total), and for clearing the gradients: medians of several steps."""
+    """Seconds per step for each kernel ("" is the total), and seconds for clearing the gradients. Both are medians over
+    several steps."""
     model = GPT2(config, dtype=precision)
     optimizer = optim.AdamW(model)
     tokens, targets = numpy.random.default_rng(0).integers(config.vocab_size, size=(2, B, T))
@@ -93,11 +94,11 @@ def _profiled(config: GPT2Config, B: int, T: int, precision: Precision) -> tuple
 
 
 def _rates(work: dict[str, tuple[float, float]], spent: dict[str, float]) -> dict[str, Rate]:
-    """The rates of all families, from the FLOPs and bytes of each kernel and the seconds by name."""
+    """The rates of all families, from the FLOPs and bytes (`work`) and the seconds (`spent`) of each kernel."""
     linear = spent["linear_forward"] + spent["linear_backward"]
     products = _flops(work, *(f"{name} {way}" for name in cost_model.LINEAR for way in ("forward", "dgrad", "wgrad")))
     head = _flops(work, "head dgrad", "head wgrad") / spent["lm_head_backward"]
-    # The output layer's forward pass is a product and the cross-entropy.
+    # The output layer's forward pass consists of a product and the cross-entropy.
     softmax = max(spent["lm_head_forward"] - work["head forward"][0] / head, 0.1 * spent["lm_head_forward"])
     rates = dict.fromkeys(("product", "small product"), Rate(products / linear, math.inf))
     rates |= {"head product": Rate(head, math.inf), "cross_entropy": Rate(math.inf, work["cross_entropy"][1] / softmax)}

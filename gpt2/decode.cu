@@ -1,54 +1,56 @@
 #include "common.cuh"
 #include "gelu.cuh"
-// One token of GPT-2 for each of B texts, from the token's id to the logits, in one launch.
+// Computes one token of GPT-2 for each of B texts, from the token id to the logits, in one launch.
 //
-// A token reads every weight once and does two operations with it, so memory bandwidth is the limit: 124M in bf16 is
-// 248 MB, 58 us at 4.3 TB/s. With one launch per operation it would take several times as long, since each of 100
-// kernels starts by waiting for memory. Here the blocks stay resident for the whole model, and the limit is how
-// fast they exchange results: among all blocks twice per layer, within a cluster up to four times in between.
+// Each token reads every weight once and performs two operations with it, so memory bandwidth is the limit: 124M
+// parameters in bf16 are 248 MB, which take 58 us at 4.3 TB/s. With one launch per operation, a token would take
+// several times as long, since each of 100 kernels starts by waiting for memory. Here the blocks stay resident for the
+// entire model, and the limit is the speed of their exchanges: twice per layer between all blocks, and up to four times
+// in between within a cluster.
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
-//             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; without,
+//             capability 9) it is a thread block cluster, whose blocks write to each other's shared memory; otherwise
 //             they write to each other's mailbox in global memory.
-//   rank      a block's number in its cluster. It owns C / RANKS columns of the residual stream x, so the blocks of one
-//             rank have the same values in every cluster.
-//   message   8 bytes: a float32 and a 32-bit tag, written in one access. The tag is incremented with every
-//             half of a layer: a reader that sees the expected tag has the value. Neither a barrier of
-//             all blocks nor a fence is needed.
+//   rank      a block's number in its cluster. Each block owns C / RANKS columns of the residual stream x; blocks with
+//             the same rank have the same columns in every cluster.
+//   message   8 bytes: a float32 and a 32-bit tag, written in one access. The tag is incremented after every half of a
+//             layer, so a reader that finds the expected tag also has the value. No fence and no barrier between all
+//             blocks is needed.
 //   mailbox   the messages that a block receives from its cluster, one entry for each.
-//   results   the messages that every cluster sends to all blocks of a rank: its contribution to x.
+//   results   the messages that every cluster sends to all blocks with the same rank: its contribution to x.
 //   half      half a layer: attention or the MLP.
 //
-// Half a layer, as one cluster computes it (the arrows are messages):
+// Half a layer in one cluster (arrows are messages):
 //
 //   results of the previous half, of all clusters
 //        |  sum; own columns of x
 //   LayerNorm of the own columns  <---- mean and squares ---->  other ranks
 //        |
-//   own columns x the cluster's columns of the first matrix  -- partial sums -->  other ranks, which return totals
+//   own columns times the cluster's columns of the first matrix  -- partial sums -->  other ranks, which return totals
 //        |
-//   attention of the cluster's heads, each rank for some of the keys  <-- partial results -->  other ranks;  or GELU
+//   attention of the cluster's heads, over some of the keys in each rank  <-- partial results -->  other ranks; or GELU
 //        |
-//   this x own columns of the second matrix
+//   the result times own columns of the second matrix
 //        |
 //        +----> results, for all clusters
 //
-// An entry is reused only after its readers have read it and sent another message, for which the writer waited.
-// (Clusters without heads send none in attention, so results have room for four halves, two of each kind, in rotation.)
+// An entry is overwritten only after its readers have read it and sent another message that the writer waits for.
+// (Clusters without heads send no messages in attention, so `results` has room for four halves, two of each kind, which
+// are used in rotation.)
 //
-// Weights are prefetched. Each block knows its parts of all matrices, and copies them to shared memory PREFETCH
-// accesses before it needs them (Stream), so the next matrix is available when the wait for a message ends.
+// Weights are prefetched. Each block reads a fixed part of every matrix and copies it to shared memory PREFETCH
+// accesses ahead (see Stream), so the next matrix is available when the wait for a message ends.
 //
-// Sums are f32, in a fixed order, and only keys and values are rounded in between, to the type of the cache. All blocks
-// must run at the same time, so the grid is limited to the number of blocks that fit on the GPU.
+// Sums are computed in f32 and in a fixed order. Only keys and values are rounded, to the type of the cache. All blocks
+// must run concurrently, so the grid is limited to the number of blocks that fit on the GPU.
 constexpr int THREADS = 512, WARPS = THREADS / 32, BLOCKS = CLUSTERS * RANKS, D = C / H, OWN = C / RANKS;
 constexpr int WIDTH = HEADS * D;                        // columns of a cluster's heads
 constexpr int ATTENTION_CLUSTERS = (H + HEADS - 1) / HEADS;      // clusters that have heads
 constexpr int VEC = Pack<REAL>::N;
 using Access = Pack<REAL, VEC>;
-constexpr int UNROLL = B <= 2 ? 2 : 1;  // unrolled steps of a product: accesses in registers
-constexpr int WTE_HALVES = 3;               // the last halves, during which the first rows of wte are prefetched to L2
+constexpr int UNROLL = B <= 2 ? 2 : 1;  // unrolled steps of a product, whose weights are in registers
+constexpr int WTE_HALVES = 3;               // number of last halves, which prefetch the first rows of wte to L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
 #if !HARDWARE_CLUSTERS  // inlined, it would spill registers on sm_80
@@ -73,7 +75,7 @@ struct Tokens {
 };
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations, one value per thread
+constexpr int repeats(int numbers) { return (numbers + THREADS - 1) / THREADS; }  // iterations at one value per thread
 constexpr __host__ __device__ bool first_of_half(int matrix) { return matrix == QKV || matrix == MLP_IN; }
 constexpr __host__ __device__ int inputs(int matrix) { return matrix == MLP_OUT ? 4 * C : C; }
 constexpr __host__ __device__ int outputs(int matrix) { return matrix == QKV ? 3 * C : matrix == MLP_IN ? 4 * C : C; }
@@ -85,7 +87,7 @@ constexpr __host__ __device__ int columns(int matrix) {
   return matrix == QKV ? 3 * WIDTH : matrix == MLP_IN ? HIDDEN : OWN;
 }
 constexpr __host__ __device__ int at_once(int matrix) { return THREADS / (columns(matrix) / VEC); }
-constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // of a block
+constexpr __host__ __device__ int slots(int columns) { return (columns + RANKS - 1) / RANKS; }  // columns per block
 constexpr __host__ __device__ int steps(int matrix) { return (rows(matrix) + at_once(matrix) - 1) / at_once(matrix); }
 
 // The first entry of each kind of message in a mailbox.
@@ -97,12 +99,12 @@ constexpr int MAILBOX = HEAD_PARTS + RANKS * B * HEADS * (D + 2);
 __device__ __forceinline__ int rank() { return blockIdx.x % RANKS; }
 __device__ __forceinline__ int cluster() { return blockIdx.x / RANKS; }
 
-// A value and a tag, in one access of 8 bytes that bypasses L1.
+// Writes a value and a tag in one access of 8 bytes that bypasses L1.
 typedef unsigned long long Message;
 __device__ __forceinline__ void send(Message* entry, float number, unsigned tag) {
   *(volatile Message*)entry = (Message)tag << 32 | __float_as_uint(number);
 }
-// Whether a message with this tag has arrived, and its value.
+// Returns whether a message with this tag has arrived, and reads its value.
 __device__ __forceinline__ bool received(const Message* entry, unsigned tag, float& number) {
   Message message = *(const volatile Message*)entry;
   number = __uint_as_float((unsigned)message);
@@ -121,7 +123,7 @@ __device__ __forceinline__ void send_to_cluster(Message* entry, float number, un
 #pragma unroll
   for (int to = 0; to < RANKS; to++) send(mailbox_of(entry, to), number, tag);
 }
-// The values of N messages, `stride` entries apart, after waiting for all of them.
+// Waits for N messages, `stride` entries apart, and reads their values.
 template <int N>
 __device__ __forceinline__ void receive(float (&number)[N], const Message* entry, int stride, unsigned tag) {
   for (unsigned polls = 0;; polls++) {
@@ -130,7 +132,7 @@ __device__ __forceinline__ void receive(float (&number)[N], const Message* entry
     for (int i = 0; i < N; i++) all &= received(entry + i * stride, tag, number[i]);
     if (all) return;
     backoff();
-    if (polls >> 26) __trap();  // after seconds: fail instead of hanging
+    if (polls >> 26) __trap();  // after several seconds, fail instead of hanging
   }
 }
 template <int N>
@@ -142,9 +144,9 @@ __device__ __forceinline__ float receive_sum(const Message* entry, int stride, u
   return sum;
 }
 
-// What one thread reads of a block's part of a matrix: rows first, first + at_once, ..., in VEC columns.
+// What one thread reads of a block's part of a matrix: VEC columns of rows first, first + at_once, ...
 struct Share {
-  int first, last, column;  // in the whole matrix; if there are no rows, first >= last
+  int first, last, column;  // indices in the full matrix; first >= last if there are no rows
   __device__ __forceinline__ explicit Share(int matrix) {
     int lane = threadIdx.x % (columns(matrix) / VEC) * VEC, row = threadIdx.x / (columns(matrix) / VEC), end;
     bool idle = row >= at_once(matrix);
@@ -165,10 +167,10 @@ struct Share {
   }
 };
 
-// A thread's Share as an offset and a stride, computed once, since the divisions take longer than some accesses.
+// A thread's Share as an offset and a stride. It is computed once, since the divisions take longer than some accesses.
 struct Traversal {
-  int first, stride;  // the offset of its first access, and from one to the next
-  int steps, rows;    // the steps of the block, and those in which this thread has a row
+  int first, stride;  // offset of the first access, and distance between accesses
+  int steps, rows;    // number of steps of the block, and of those in which this thread has a row
   __device__ __forceinline__ explicit Traversal(int matrix)
       : stride(at_once(matrix) * outputs(matrix)), steps(::steps(matrix)) {
     Share share(matrix);
@@ -177,13 +179,13 @@ struct Traversal {
   }
 };
 
-// The prefetch of the block's parts of all matrices, one after the other, into a ring in shared memory. Each thread
-// copies the weights that it will use, so that it does not wait for other threads.
+// Prefetches the block's parts of all matrices, in order, into a ring buffer in shared memory. Each thread copies the
+// weights that it will use, so it does not wait for other threads.
 struct Stream {
   const Layer* layers;
-  Access* ring;  // PREFETCH accesses of each thread
+  Access* ring;  // PREFETCH accesses for each thread
   const Traversal qkv, projection, mlp_in, mlp_out;
-  const REAL *weight, *next;  // the address of the next access, and the matrix after this one
+  const REAL *weight, *next;  // address of the next access, and the matrix after the current one
   int stage, slot, left, rows, stride;
   __device__ Stream(const Layer* layers, void* memory)
       : layers(layers), ring((Access*)memory + threadIdx.x), qkv(QKV), projection(PROJECTION), mlp_in(MLP_IN),
@@ -209,18 +211,18 @@ struct Stream {
         weight += stride;
         left--;
       }
-      cp_async_commit();  // also for empty groups, since waiting counts groups
+      cp_async_commit();  // even if the group is empty, since cp_async_wait counts groups
       slot = slot + THREADS == PREFETCH * THREADS ? 0 : slot + THREADS;
     }
   }
 };
 
-// emit(b, column, sum) is called for each column of the block's part of y = x W. x (B, rows) in shared memory.
+// Calls emit(b, column, sum) for each column of the block's part of y = x W, where x (B, rows) is in shared memory.
 template <int MATRIX, class Use>
 __device__ __forceinline__ void product(Stream& stream, const float* x, float* memory, Use emit) {
   constexpr int COLUMNS = columns(MATRIX), STEP = at_once(MATRIX), ROWS = rows(MATRIX), ALL = steps(MATRIX);
-  constexpr int PART = ALL < PREFETCH / 2 ? ALL : PREFETCH / 2;  // steps whose weights are waited for together
-  constexpr int LANES = COLUMNS / VEC, PLANE = THREADS * 4 + 16;  // of 4 columns each: no bank conflicts
+  constexpr int PART = ALL < PREFETCH / 2 ? ALL : PREFETCH / 2;  // steps per wait for weights
+  constexpr int LANES = COLUMNS / VEC, PLANE = THREADS * 4 + 16;  // each plane has 4 columns, to avoid bank conflicts
   Share share(MATRIX);
   x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;
   float y[B][VEC] = {};
@@ -231,7 +233,7 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
     int slot = stream.slot;
 #pragma unroll UNROLL
     for (int i = step; i < min(step + PART, ALL); i++) {
-      Access w = stream.ring[slot];  // zero without a row
+      Access w = stream.ring[slot];  // zero if this thread has no row
 #pragma unroll
       for (int b = 0; b < B; b++) {
         float factor = share.first < share.last ? x[b * ROWS + share.first] : 0.f;
@@ -255,18 +257,18 @@ __device__ __forceinline__ void product(Stream& stream, const float* x, float* m
       for (int row = 0; row < STEP; row++) (row % 2 ? odd : even) += at[row * LANES * 4];
       emit(b, c, even + odd);
     }
-    if (b + 1 < B) __syncthreads();  // after the last text, the caller's barrier
+    if (b + 1 < B) __syncthreads();  // after the last text, the caller synchronizes
   }
   stream.fetch(ALL - (ALL - 1) / PART * PART);  // last, since other blocks wait for the sums
 }
 
-// LayerNorm of the block's own columns (B, OWN) in shared memory; each thread handles those that it wrote.
+// LayerNorm of the block's own columns (B, OWN) in shared memory; each thread normalizes the values that it wrote.
 __device__ __forceinline__ void layernorm(float* here, const float (&weight)[repeats(B * OWN)],
                                           const float (&bias)[repeats(B * OWN)], float eps, Message* mailbox,
                                           unsigned tag) {
   int lane = threadIdx.x % 32, text = threadIdx.x / 32;
   __syncthreads();
-  if (text < B) {  // mean and squares in this block, of differences from one of the values, which avoids cancellation
+  if (text < B) {  // this block's mean and sum of squares; subtracting one of the values first avoids cancellation
     float origin = here[text * OWN], sum = 0.f, squares = 0.f;
     for (int c = lane; c < OWN; c += 32) {
       float x = here[text * OWN + c] - origin;
@@ -296,9 +298,9 @@ __device__ __forceinline__ void layernorm(float* here, const float (&weight)[rep
   __syncthreads();
 }
 
-// Attention of the tokens at `position`, in each block over the keys at rank, rank + RANKS, ...; first (B, 3, WIDTH)
-// contains queries, keys and values. The block's part of each head goes to its cluster: D values, the largest score,
-// and the sum.
+// Attention of the tokens at `position`. Each block processes the keys at positions rank, rank + RANKS, ...
+// first (B, 3, WIDTH) contains queries, keys and values. For each head, the block sends its partial result to its
+// cluster: D values, the largest score, and the sum of the exponentials.
 __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* memory, int position, int capacity,
                                        Message* mailbox, unsigned tag) {
   constexpr int PACKS = D / VEC, GROUP = PACKS <= 8 ? 8 : PACKS <= 16 ? 16 : 32, EACH = (PACKS + GROUP - 1) / GROUP;
@@ -318,7 +320,7 @@ __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* mem
         int at = (p * GROUP + member) * VEC + e;
         q[p][e] = at < D ? query[at] : 0.f;
       }
-    for (int start = 0; start < count; start += GROUPS) {  // the same count in all threads: shuffles need whole warps
+    for (int start = 0; start < count; start += GROUPS) {  // the same count in all threads: shuffles need full warps
       int i = rank() + (start + group) * RANKS;
       Access k[EACH], v[EACH];
 #pragma unroll
@@ -345,7 +347,7 @@ __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* mem
 #pragma unroll
       for (int o = GROUP / 2; o; o /= 2) score += __shfl_xor_sync(0xffffffffu, score, o);
       if (i > position) continue;
-      score *= 1.4426950408889634f * rsqrtf((float)D);  // to base 2
+      score *= 1.4426950408889634f * rsqrtf((float)D);  // for exp2f instead of expf
       float common = fmaxf(largest, score), shrink = exp2f(largest - common), p_i = exp2f(score - common);
       largest = common;
       total = total * shrink + p_i;
@@ -391,13 +393,13 @@ __device__ ATTEND_INLINE void attend(const float* first, REAL* cache, float* mem
       }
       send_to_cluster(mailbox + HEAD_PARTS + (rank() * B * HEADS + unit) * (D + 2) + d, d == D ? common : y, tag);
     }
-    if (rank() == position % RANKS)  // for later tokens
+    if (rank() == position % RANKS)  // append to the cache, for later tokens
       for (int i = threadIdx.x; i < 2 * D; i += THREADS)
         (i < D ? keys : values)[(size_t)position * D + i % D] = from_f32<REAL>(i < D ? key[i] : value[i - D]);
   }
 }
 
-// heads (B, WIDTH): the result of attention, combined from the parts of the cluster's blocks.
+// Writes heads (B, WIDTH), the result of attention, combined from the partial results of the cluster's blocks.
 __device__ __forceinline__ void combine_heads(float* heads, const Message* mailbox, unsigned tag) {
   constexpr int STRIDE = B * HEADS * (D + 2);
   for (int i = threadIdx.x; i < B * WIDTH; i += THREADS) {
@@ -421,8 +423,8 @@ __device__ __forceinline__ void combine_heads(float* heads, const Message* mailb
   __syncthreads();
 }
 
-// The largest of some logits and its token (the first, if several are equal). A logit that is not finite counts as the
-// largest, with token -1.
+// The largest of some logits and its token (the smallest token if several logits are equal). A logit that is not finite
+// counts as the largest, with token -1.
 struct Choice {
   float logit, token;
   __device__ __forceinline__ void none() { logit = NEG_INF, token = 1e9f; }
@@ -431,10 +433,10 @@ struct Choice {
   }
 };
 
-// logits (B, V) = x wte^T, each warp for some rows of wte; not stored where `logits` is null. best (B, WARPS): each
-// warp's choice among its rows below `choices`.
+// logits (B, V) = x wte^T; each warp computes some rows of wte. The logits are not stored if `logits` is null.
+// best (B, WARPS): each warp's choice among its rows below `choices`.
 __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices, const float* x, const REAL* wte) {
-  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // rows, limited by the registers
+  constexpr int AT_ONCE = B <= 4 ? 4 : 2;  // rows per iteration, limited by the number of registers
   int lane = threadIdx.x % 32, warp = blockIdx.x * WARPS + threadIdx.x / 32;
   best += threadIdx.x / 32;
   if (lane < B) best[lane * WARPS].none();
@@ -468,7 +470,7 @@ __device__ __forceinline__ void lm_head(float* logits, Choice* best, int choices
   }
 }
 
-// The token of each text with the largest logit, one warp per text: first of this block; then block 0 receives the
+// Chooses the token with the largest logit, with one warp per text: each block among its own rows, then block 0 among
 // the choices of all blocks.
 __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Message* mailbox, unsigned tag) {
   __syncthreads();
@@ -497,11 +499,11 @@ __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Me
   if (lane == 0) chosen[b] = choice.token;
 }
 
-// Prefetch to L2: the vectors of the next layer, which all blocks need (each block fetches some lines); and this
-// block's keys and values.
+// Prefetches to L2: the vectors of the next layer, which all blocks need (each block fetches some lines), the first
+// rows of wte, and this block's keys and values.
 __device__ __forceinline__ void prefetch_vectors(const Layer& layer) {
   constexpr int LINE = 32;  // elements
-  int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps wait for messages meanwhile
+  int at = (blockIdx.x + BLOCKS * (THREADS - 1 - threadIdx.x)) * LINE;  // the first warps wait for messages
 #pragma unroll
   for (int i = 0; i < MATRICES + 4; i++) {
     int size = i < MATRICES ? outputs(i) : C;
@@ -524,7 +526,7 @@ __device__ __forceinline__ void prefetch_keys(const REAL* cache, int position, i
     }
 }
 
-// A cluster's part of half a layer, with matrices FIRST and SECOND; here (B, OWN) is the output of LayerNorm.
+// A cluster's part of half a layer, with matrices FIRST and SECOND. `here` (B, OWN) is the output of LayerNorm.
 template <int FIRST, int SECOND>
 __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, const float* here, float* first,
                                            float* heads, float* work, Message* results, Message* mailbox, int position,
@@ -537,8 +539,8 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
     int column = cluster() * (FIRST == QKV ? WIDTH : HIDDEN) + within;
     bias[k] = c < COLUMNS && column < inputs(SECOND) ? layer.bias[FIRST][column + (c - within) / WIDTH * C] : 0.f;
   }
-  // Each block sums some of the columns and sends the totals to the cluster: two exchanges, with an eighth of the
-  // messages of one exchange.
+  // Each block sums some of the columns and sends the totals to the cluster. This takes two exchanges, but an eighth of
+  // the messages that a single exchange would need.
   Message *sums = mailbox + PARTIAL_SUMS, *totals = mailbox + TOTALS;
   product<FIRST>(stream, here, work, [&](int b, int c, float sum) {
     send(mailbox_of(sums + (rank() * B + b) * SLOTS + c % SLOTS, c / SLOTS), sum, tag);
@@ -561,28 +563,29 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
   });
 }
 
-// The tokens are `previous` (B), chosen by an earlier launch, or if that is null, `tokens`; they are at `position` in
-// their texts. Either logits (B, V) or chosen (B), chosen among the first `choices` tokens, may be null.
-// results (4, CLUSTERS, B, C): messages to all blocks of a rank; behind them (B, BLOCKS, 2) to block 0.
-// mailbox (BLOCKS, MAILBOX): used without hardware clusters.
-// tag: the tag of the first messages of this launch, which also uses the 2 L tags after it.
+// previous (B), tokens: the input tokens, at `position` in their texts: `previous`, which an earlier launch has chosen,
+//   or `tokens` if `previous` is null.
+// logits (B, V), chosen (B): the outputs, either of which may be null. `chosen` is among the first `choices` tokens.
+// results (4, CLUSTERS, B, C): messages to all blocks with the same rank, followed by (B, BLOCKS, 2) for block 0.
+// mailbox (BLOCKS, MAILBOX): used only without hardware clusters.
+// tag: the tag of the first messages of this launch, which also uses the next 2 L tags.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER_DIMS
 decode(float* logits, int* chosen, const int* previous, const Layer* layers, const REAL* wte, const REAL* wpe,
        const float* ln_f_weight, const float* ln_f_bias, Message* results, Message* mailbox,
        const __grid_constant__ Tokens tokens, int choices, int position, int capacity, float eps, unsigned tag) {
   DYN_SMEM(unsigned char, memory);
-  float* work = (float*)(memory + PREFETCH * THREADS * 16);  // of products and attention; at the end, x of all ranks
+  float* work = (float*)(memory + PREFETCH * THREADS * 16);  // for products and attention; at the end, x of all ranks
   float* first = work + larger(THREADS * VEC + 16, larger(WARPS * (D + 2), B * C));
   float *heads = first + B * larger(3 * WIDTH, HIDDEN), *here = heads + B * WIDTH, *x = here + B * OWN;
   Stream stream(layers, memory);
 #if HARDWARE_CLUSTERS
   mailbox = (Message*)(x + B * OWN);
-  for (int i = threadIdx.x; i < MAILBOX; i += THREADS) mailbox[i] = (Message)(tag - 1) << 32;  // no tag of this launch
+  for (int i = threadIdx.x; i < MAILBOX; i += THREADS) mailbox[i] = (Message)(tag - 1) << 32;  // an unused tag
   cluster_barrier<RANKS>();
 #else
   mailbox += (size_t)blockIdx.x * MAILBOX;
 #endif
-  for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // x: read by the thread that writes it
+  for (int i = threadIdx.x; i < B * OWN; i += THREADS) {  // each element of x is read only by the thread that writes it
     int c = rank() * OWN + i % OWN, token = previous ? max(previous[i / OWN], 0) : tokens.id[i / OWN];
     x[i] = f32(wte[(size_t)token * C + c]) + f32(wpe[(size_t)position * C + c]);
   }

@@ -33,13 +33,13 @@ def add_option(group: argparse._ArgumentGroup) -> None:
         "--decode",
         default="ordinary",
         choices=("ordinary", "fused"),
-        help="how the next token is computed: operation by operation, or on a GPU with one kernel launch per token "
-        "(not measured on a GPU yet)",
+        help="how to compute the next token: one operation at a time, or on a GPU with one kernel launch per token "
+        "(not yet measured on a GPU)",
     )
 
 
 class Fusable(Protocol):
-    """A model that may have a decoder."""
+    """A model that may support fused decoding."""
 
     fused_decode: bool
 
@@ -48,7 +48,7 @@ class Fusable(Protocol):
 
 
 def set_decode(model: Fusable, decode: str) -> None:
-    """Generate as an option --decode says, "ordinary" or "fused". Raises ValueError for "fused" without a GPU."""
+    """Apply the value of --decode, "ordinary" or "fused", to the model. Raises ValueError for "fused" without a GPU."""
     if decode == "fused" and model.backend.cuda is None:
         raise ValueError(f"--decode fused needs a GPU, but the model is on the {model.backend.device}; use ordinary")
     model.fused_decode = decode == "fused"
@@ -56,8 +56,8 @@ def set_decode(model: Fusable, decode: str) -> None:
 
 @contextmanager
 def explained(decoder: object) -> Iterator[None]:
-    """A failure of the GPU in this block, where a Decoder may have caused it, raises OSError, which says how to
-    generate without."""
+    """A context in which a failure of the GPU raises OSError if `decoder` is a Decoder, which may have caused it. The
+    message explains how to generate without fused decoding."""
     try:
         yield
     except RuntimeError as error:
@@ -68,13 +68,15 @@ def explained(decoder: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The sizes of a launch, which are compile-time constants of decode.cu; see its glossary.
+    """The sizes of a launch, which are compile-time constants of decode.cu; see the glossary there.
 
-    texts, ranks, clusters
+    texts              texts per launch.
+    ranks              blocks per cluster.
+    clusters           clusters per launch.
     heads, hidden      attention heads, and columns of the MLP, per cluster.
     prefetch           memory accesses in flight per thread.
     hardware_clusters  whether a cluster is a thread block cluster.
-    mailbox            entries of a block's mailbox.
+    mailbox            entries in a block's mailbox.
     shared             bytes of shared memory per block.
     """
 
@@ -131,16 +133,18 @@ class LaunchPlan:
 
 
 class Decoder:
-    """The logits of the next token, given one more token of each text and a key-value cache: generate.next_logits for
-    T = 1, in one launch. The parameters must stay at the addresses that they have at the first call."""
+    """Computes the logits of the next token from the latest token of each text and a key-value cache, in one launch.
+
+    It is equivalent to generate.next_logits for T = 1. The addresses of the parameters must not change after the first
+    call."""
 
     first_tag = 1  # the first tag of the first launch; 0 is the value of memory that has not been written
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
-        """A decoder for this model and cache, if the model's `fused_decode` is set; None if the kernel does not support
-        them: an architecture other than GPT-2, a CPU, float64, more than MAX_TEXTS texts, heads or parameters that are
-        not aligned to ACCESS bytes, or too little shared memory."""
+        """Return a decoder for this model and cache, or None if the model's `fused_decode` is not set or the kernel
+        does not support them. Not supported are: an architecture other than GPT-2, a CPU, float64, more than MAX_TEXTS
+        texts, heads or parameters that are not aligned to ACCESS bytes, and a GPU with too little shared memory."""
         cuda, config = model.backend.cuda, model.config
         if not getattr(model, "fused_decode", False) or cuda is None or not isinstance(config, GPT2Config):
             return None
@@ -162,19 +166,19 @@ class Decoder:
         self._kernel: Callable[..., None] | None = None
 
     def __call__(self, tokens: np.ndarray, position: int) -> Array:
-        """Logits (B, V) in float32, on the device, for tokens (B,) at `position` of their texts; their keys and
-        values are added to the cache. Raises ValueError for a token or a position out of range."""
+        """Return the logits (B, V), in float32 on the device, that follow tokens (B,) at `position`, and append the
+        keys and values of these tokens to the cache. Raises ValueError if a token or the position is out of range."""
         self._check(tokens, position, 1)
         logits = self._model.backend.np.empty((self._texts, self._model.config.vocab_size), dtype=np.float32)
         self._launch(tokens, position, logits=logits)
         return logits
 
     def greedy(self, tokens: np.ndarray, position: int, count: int, choices: int) -> Iterator[np.ndarray]:
-        """Greedy decoding after `tokens` at `position`: yields `count` times, for each text, the token with the largest
-        logit among the first `choices` ids, (B,); -1 if the logits are not finite.
+        """Greedy decoding: yield the `count` tokens of each text that follow `tokens` at `position`, as arrays (B,).
 
-        Each token is passed to the next launch on the device. That launch is queued before the host has received the
-        token, so the GPU does not wait. Raises ValueError for a token or a position out of range."""
+        A token is the one with the largest logit among the first `choices` ids, or -1 if the logits are not finite.
+        The next launch reads the token on the device. It is queued before the host has received the token, so the GPU
+        does not wait. Raises ValueError if a token or a position is out of range."""
         if count < 1:
             return
         self._check(tokens, position, count)
@@ -193,7 +197,7 @@ class Decoder:
             if wait:
                 wait()
                 yield host[(count - 1) % 2].astype(np.int64)
-        finally:  # if the caller stops early, the memory that the last copy writes to must not be freed yet
+        finally:  # if the caller stops early, the buffer of the last copy must not be freed before the copy ends
             if wait:
                 wait()
 
@@ -219,7 +223,7 @@ class Decoder:
         previous: Array | None = None,
         choices: int = 0,
     ) -> None:
-        """One token of each text; see decode.cu for the arguments."""
+        """Launch the kernel for one token of each text; see decode.cu for the arguments."""
         kernel = self._kernel or self._compile()
         c, plan = self._config, self._plan
         tags = 2 * c.n_layer + 1  # per launch: one for each half layer, and one for the end
@@ -231,7 +235,8 @@ class Decoder:
         self._cuda.launch_alone(kernel, plan.blocks, THREADS, arguments, plan.shared)
 
     def _compile(self) -> Callable[..., None]:
-        """Compile the kernel for as many blocks as can run concurrently, and create the arguments of all launches."""
+        """Compile the kernel for as many blocks as can run concurrently, and create the arguments that all launches
+        share."""
         model, config, backend, cuda = self._model, self._config, self._model.backend, self._cuda
         limits, itemsize = cuda.limits(), self._layers[0].dtype.itemsize
         assert limits is not None
@@ -247,13 +252,13 @@ class Decoder:
             kernel = cuda.kernel(file, "decode", shared=plan.shared, cooperative=True, **constants)
             at_once = cuda.blocks_at_once(kernel, THREADS, plan.shared) // plan.ranks
             if plan.hardware_clusters:
-                # Multiprocessors are in groups of different sizes, and whole clusters may leave some of a group unused.
+                # A cluster must fit in one GPC, so some multiprocessors of a GPC may remain unused.
                 at_once = min(at_once, cuda.clusters_at_once(kernel, plan.blocks, THREADS, plan.shared))
             if at_once >= plan.clusters:
                 break
         self._plan = plan
         named = dict(model.named_parameters())
-        self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # kept alive for the table
+        self._rows = [self._layer(named, i) for i in range(config.n_layer)]  # keeps the arrays of the table alive
         table = np.array([[array.data.ptr for array in row] for row in self._rows], dtype=np.uint64)
         results = 4 * plan.clusters * self._texts * config.n_embd + 2 * self._texts * plan.blocks
         self._arrays = (
@@ -267,7 +272,7 @@ class Decoder:
         return kernel
 
     def _layer(self, named: dict[str, Parameter], layer: int) -> list[Array]:
-        """The arrays that a struct Layer in decode.cu points to."""
+        """The arrays that struct Layer in decode.cu points to."""
         linears = [f"h.{layer}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
         norms = [f"h.{layer}.{norm}.{kind}" for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")]
         matrices = [_matrix(self._model, named[f"{linear}.weight"]) for linear in linears]
@@ -276,5 +281,5 @@ class Decoder:
 
 
 def _matrix(model: LanguageModel, parameter: Parameter) -> Array:
-    """The matrix in the dtype that the kernel reads; vectors are read in the dtype of the parameters."""
+    """The matrix in the dtype that the kernel reads. The kernel reads vectors in the dtype of the parameters."""
     return parameter.read_as(model.precision.activations, "decode: a matrix")

@@ -1,4 +1,4 @@
-"""The options --device, --threads and --dtype, which several commands share."""
+"""The options --device, --threads and --dtype, which are common to several commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygrad2.backend import DEVICES
 
 def add(group: argparse._ArgumentGroup) -> None:
     """Add --device and --threads to a group of a parser."""
-    group.add_argument("--device", default="auto", choices=DEVICES, help="where to compute")
+    group.add_argument("--device", default="auto", choices=DEVICES, help="the device to use")
     group.add_argument("--threads", type=int, metavar="N", help="number of CPU threads [default: available cores]")
 
 
@@ -27,7 +27,7 @@ def add_dtype(group: argparse._ArgumentGroup) -> None:
 
 
 def set_threads(parser: Parser, options: argparse.Namespace) -> None:
-    """Use --threads threads from now on; an invalid number is reported as an invalid option."""
+    """Set the number of threads to --threads. An invalid number is reported as an invalid option."""
     if options.threads is None:
         return
     if not 1 <= options.threads <= threads.MAX_COUNT:

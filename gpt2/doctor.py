@@ -1,8 +1,8 @@
-"""Check what the project uses on this machine, and suggest fixes: `python -m gpt2.doctor`.
+"""Check this machine for everything that the project uses, and suggest fixes: `python -m gpt2.doctor`.
 
 Each probe runs in a thread with a time limit. Code of other libraries, which may crash or hang, runs in a separate
-process, so that the command always finishes. It needs only the standard library, and its syntax is valid in old
-versions of Python.
+process, so that the command always finishes. This module needs only the standard library, and its syntax is valid in
+old versions of Python.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tinygrad2.files import write_error
 ROOT = Path(__file__).parents[1]
 OLDEST_PYTHON = (3, 11)
 LIMIT = 90.0  # seconds for a probe
-MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes, to train nano and keep its checkpoints
-SLOW_BLAS = 5e9  # float32 operations per second; any core of the last ten years is several times as fast
-OPENBLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # override what OpenBLAS finds out about the processor
-OK, OPTIONAL, WRONG = "ok", "optional", "wrong"  # optional: not installed, and not needed; wrong: fails, or is slow
+MEMORY_NEEDED, DISK_NEEDED = 0.5e9, 0.2e9  # bytes, to train nano and to save its checkpoints
+SLOW_BLAS = 5e9  # float32 operations per second; any core of the last ten years is several times faster
+OPENBLAS_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # override what OpenBLAS detects about the processor
+OK, OPTIONAL, WRONG = "ok", "optional", "wrong"  # optional: not installed, but not required; wrong: fails or is slow
 PYTHON = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)  # in a command
 PIP = f"{PYTHON} -m pip install"
 
-REPOSITORY = (ROOT / "pyproject.toml").is_file()  # or the installed package
+REPOSITORY = (ROOT / "pyproject.toml").is_file()  # False in an installed package
 SOURCE = f"-e {shlex.quote(str(ROOT))}" if REPOSITORY else "tinygrad2"
 
 # Code for `ask` to run in a separate process.
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
     text: str
     remedy: str = ""  # what to do
     needed: bool = False  # train.py cannot run without it
-    facts: dict[str, Any] = {}  # noqa: RUF012 - threads, gpus and mpirun, for the command at the end
+    facts: dict[str, Any] = {}  # noqa: RUF012 - threads, gpus and mpirun, for training_command
 
 
 def with_extra(extra: str) -> str:
@@ -64,12 +64,13 @@ def with_extra(extra: str) -> str:
 
 
 def first(*cases: tuple[Any, ...]) -> Finding:
-    """The finding of the first case that applies; a case is a condition and the fields of a Finding."""
+    """The finding of the first case whose condition is true. A case is a condition and the fields of a Finding."""
     return next(Finding(*fields) for applies, *fields in cases if applies)
 
 
 def ask(code: str, seconds: float = 60, **environment: str) -> dict[str, Any]:
-    """The dictionary that Python code assigns to `result` in a separate process; {"error": one line} if it fails."""
+    """Run Python code in a separate process. Returns the dictionary that it assigns to `result`, or {"error": one line}
+    if it fails."""
     code += "\nimport json; print(json.dumps(result, default=str))"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     output, error = machine.call([sys.executable, "-c", code], seconds, PYTHONPATH=path, **environment)
@@ -78,12 +79,12 @@ def ask(code: str, seconds: float = 60, **environment: str) -> dict[str, Any]:
 
 def probe_python() -> Finding:
     text = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
-    newer = f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and make a virtual environment with it"
+    newer = f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, and create a virtual environment with it"
     return first((tuple(sys.version_info[:2]) < OLDEST_PYTHON, WRONG, text, newer, True), (True, OK, text))
 
 
 def probe_packages() -> Finding:
-    """Whether the packages in pyproject.toml (except Numba) are importable and have supported versions."""
+    """Check that the packages in pyproject.toml (except Numba) are importable and have supported versions."""
 
     def numbers(version: str) -> list[int]:  # "14.2.0rc1" is [14, 2, 0]
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
@@ -119,14 +120,14 @@ def probe_blas() -> Finding:
     limit = f"{names[0]}={os.environ[names[0]]}" if names and threads == 1 and len(machine.cores()) > 1 else ""
     no_blas, reinstall = "NumPy has no optimized BLAS library", "--force-reinstall --only-binary :all: numpy"
     return first(  # (MKL computes on the calling thread)
-        ("error" in result, WRONG, result.get("error"), "see the line packages", True),
+        ("error" in result, WRONG, result.get("error"), 'see the line "packages"', True),
         (
             result["mkl"],
             OK,
             f"MKL {result['mkl']}, {speed} on each thread{in_use}; NumPy's own library is not used",
         ),
         (not library and slow, WRONG, f"{no_blas}: {speed}", f"{PIP} {reinstall}"),
-        (not library, OK, f"a BLAS library that threadpoolctl does not know (Accelerate on macOS): {speed}"),
+        (not library, OK, f"a BLAS library that threadpoolctl does not recognize (such as Accelerate): {speed}"),
         (limit, WRONG, f"{text}: {limit} limits it", f"unset {' '.join(names)}"),
         (below, WRONG, f"{text}: {below}", f"unset {' '.join(OPENBLAS_SETTINGS)}"),
         (
@@ -139,7 +140,7 @@ def probe_blas() -> Finding:
             slower,
             OK,
             text,
-            f"{threads} threads are slower than one: other programs use the cores, or they share one physical core; "
+            f"{threads} threads are slower than one: other programs use the cores, or the cores share a physical core; "
             "try --threads 1",
         ),
         (True, OK, text),
@@ -147,15 +148,15 @@ def probe_blas() -> Finding:
 
 
 def _speed_without_settings(speed: float) -> str:
-    """What NumPy's library reaches without the settings that select its code, if they slow it down; else ""."""
+    """The speed of NumPy's BLAS library without OPENBLAS_SETTINGS, if these slow it down; otherwise ""."""
     found = [f"{name}={os.environ[name]}" for name in OPENBLAS_SETTINGS if os.environ.get(name)]
     free = ask(BLAS, OPENBLAS_CORETYPE="", OPENBLAS_L2_SIZE="", TINYGRAD2_BLAS="numpy").get("speed", 0) if found else 0
     slower = free > 1.1 * speed
-    return f"{' and '.join(found)} slows it down; without, it reaches {free / 1e9:,.0f} GFLOP/s" if slower else ""
+    return f"{' and '.join(found)} slows it down; unset, it reaches {free / 1e9:,.0f} GFLOP/s" if slower else ""
 
 
 def probe_numba() -> Finding:
-    """Whether the compiled kernels are in use, and where Numba caches them."""
+    """Check whether the compiled kernels are in use, and where Numba caches them."""
     if os.environ.get("TINYGRAD2_KERNELS") == "reference":
         return Finding(OPTIONAL, "TINYGRAD2_KERNELS=reference selects plain NumPy", "unset TINYGRAD2_KERNELS")
     result, install = ask(KERNELS), f'{PIP} --upgrade "numba>=0.60,<1"'
@@ -198,28 +199,28 @@ def probe_memory() -> Finding:
 def probe_disk() -> Finding:
     free, remedy = (
         shutil.disk_usage(Path.cwd()).free,
-        "free some space or use another disk; a full disk ends a run",
+        "free some space or use another disk; a full disk stops a run",
     )
     text = f"{free / 1e9:,.1f} GB free here; a run of gpt2 keeps three checkpoints of 1.5 GB"
     return first((free < DISK_NEEDED, WRONG, text, remedy, True), (True, OK, text))
 
 
 def probe_folders() -> Finding:
-    """Whether the folders for runs, downloads and compiled kernels are writable."""
+    """Check that the folders for runs, downloads and compiled kernels are writable."""
     here, listed = write_error(Path.cwd()), ", ".join(map(str, machine.cache_folders().values()))
     bad = {name: why for name, folder in machine.cache_folders().items() if (why := write_error(folder))}
     return first(
-        (here, WRONG, here, "change to a folder of your own: data/ and out/ are created there", True),
+        (here, WRONG, here, "change to a writable folder: data/ and out/ are created there", True),
         (bad, WRONG, "; ".join(bad.values()), f"set {' and '.join(bad)} to writable folders"),
         (True, OK, f"{Path.cwd()} and the caches {listed} are writable"),
     )
 
 
 def probe_tokenizer() -> Finding:
-    """GPT-2's vocabulary, which tiktoken downloads once. The default tokenizer, bytes, does not need it."""
+    """Check GPT-2's vocabulary, which tiktoken downloads once. The default tokenizer, bytes, does not need it."""
     result = ask(TOKENIZER, seconds=40)
     folder, reason = machine.cache_folders()["TIKTOKEN_CACHE_DIR"], result.get("error", "").split(";")[0]
-    connect = f"needed for --tokenizer gpt2 only: connect to the network once, or copy tiktoken's two files to {folder}"
+    connect = f"needed only for --tokenizer gpt2: connect to the network once, or copy tiktoken's two files to {folder}"
     return first(
         (reason, OPTIONAL, re.sub(r"^\w*Error: ", "", reason), connect),
         (True, OK, f"GPT-2's vocabulary, {result.get('tokens', 0):,} tokens, in {folder}"),
@@ -227,7 +228,7 @@ def probe_tokenizer() -> Finding:
 
 
 def probe_gpu() -> Finding:
-    """NVIDIA's driver, CuPy, whether they match, and whether a matrix product is correct."""
+    """Check NVIDIA's driver and CuPy, that they match, and that a matrix product is correct."""
     driver = {"version": 0, "status": 0, "gpus": 0, "error": "", **ask(DRIVER)}
     version, gpus, status, failed = (driver[key] for key in ("version", "gpus", "status", "error"))
     wheels = sorted(name for d in metadata.distributions() if (name := d.metadata["Name"] or "").startswith("cupy"))
@@ -235,19 +236,19 @@ def probe_gpu() -> Finding:
     fits = not failed and not status and gpus and version >= 12000 and len(wheels) == 1 and built_for <= version // 1000
     result = {"free": 0, "total": 0, "error": "a matrix product is wrong", **(ask(CUPY) if fits else {})}
     cuda = f"CUDA {version // 1000}.{version % 1000 // 10}"
-    seen = f"{gpus} GPU{'s' * (gpus > 1)}, driver of {cuda}"
+    seen = f"{gpus} GPU{'s' * (gpus > 1)}, driver for {cuda}"
     cupy = f"CuPy ({', '.join(wheels)}) is installed" if wheels else "CuPy is not installed"
     gpu = f"{result.get('name')}, {result['free'] / 1e9:,.1f} of {result['total'] / 1e9:,.1f} GB free"
-    get_driver = "needed for a GPU only: install NVIDIA's driver, then " + machine.install_command("cuda13")
+    get_driver = "needed only for a GPU: install NVIDIA's driver, then " + machine.install_command("cuda13")
     hides = "CUDA_VISIBLE_DEVICES hides it" if "CUDA_VISIBLE_DEVICES" in os.environ else "run nvidia-smi for details"
     install = f"{PIP} {with_extra('cuda13' if version >= 13000 else 'cuda12')}"
     swap = f"{PYTHON} -m pip uninstall -y {' '.join(wheels)}, then {install}"
     no_gpu = f"the driver ({cuda}) reports no GPU (status {status})"
     return first(
         ("OSError" in failed, OPTIONAL, f"no NVIDIA driver; {cupy}", get_driver),
-        (failed, WRONG, f"the NVIDIA driver fails: {failed}", "run nvidia-smi; if it fails too, restart the machine"),
-        (status or not gpus, OPTIONAL, f"{no_gpu}; {cupy}", f"needed for a GPU only: {hides}"),
-        (version < 12000, WRONG, f"{seen}: too old for CuPy 14", "install a driver of CUDA 12 or 13"),
+        (failed, WRONG, f"the NVIDIA driver fails: {failed}", "run nvidia-smi; if it also fails, restart the machine"),
+        (status or not gpus, OPTIONAL, f"{no_gpu}; {cupy}", f"needed only for a GPU: {hides}"),
+        (version < 12000, WRONG, f"{seen}: too old for CuPy 14", "install a driver for CUDA 12 or 13"),
         (not wheels, OPTIONAL, f"{seen}; {cupy}", install),
         (len(wheels) > 1, WRONG, f"{seen}; {cupy}, which conflict with each other", swap),
         (not fits, WRONG, f"{seen}; {cupy}, built for CUDA {built_for}", f"{swap}; or install a newer driver"),
@@ -257,8 +258,8 @@ def probe_gpu() -> Finding:
 
 
 def probe_mpi() -> Finding:
-    """mpi4py, its MPI library, and whether an mpirun of that library is found, so that two ranks see each other."""
-    install = f"needed for several processes only: {PIP} {with_extra('mpi')}"
+    """Check mpi4py, its MPI library, and that two ranks started by an mpirun of that library see each other."""
+    install = f"needed only for several processes: {PIP} {with_extra('mpi')}"
     try:
         version = f"mpi4py {metadata.version('mpi4py')}"
     except metadata.PackageNotFoundError:
@@ -281,13 +282,14 @@ def probe_mpi() -> Finding:
     return first(missing, (True, WRONG, "; ".join((text, *tried)), f"use {mpirun}"))
 
 
-# What matters most comes first; the last three are optional.
+# The most important probes come first; the last three are optional.
 ORDER = (probe_python, probe_packages, probe_numba, probe_blas, probe_cores, probe_memory, probe_folders, probe_disk)
 PROBES = {probe.__name__[6:]: probe for probe in (*ORDER, probe_tokenizer, probe_gpu, probe_mpi)}
 
 
 def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) -> Iterator[tuple[str, Finding]]:
-    """The finding of each probe, in order. The probes run concurrently; one that raises or hangs has a finding too."""
+    """Yield the finding of each probe, in order. The probes run concurrently. A probe that raises or hangs also yields
+    a finding."""
     late = Finding(WRONG, f"no answer within {seconds:g} s", "a disk or a driver may be hanging")
     found = {}
 
@@ -308,7 +310,7 @@ def examine(probes: dict[str, Callable[[], Finding]], seconds: float = LIMIT) ->
 
 
 def training_command(findings: dict[str, Finding]) -> str:
-    """The command to train on this machine: on all GPUs, if there are several and MPI works."""
+    """The command to train on this machine; it uses all GPUs if there are several and MPI works."""
     facts = {key: value for finding in findings.values() for key, value in finding.facts.items()}
     installed = not (ROOT / "train.py").is_file()
     here = Path("train.py").is_file() and not installed
@@ -324,16 +326,18 @@ def say_finding(name: str, finding: Finding) -> None:
 
 
 def command_line() -> console.Parser:
-    return console.Parser("python -m gpt2.doctor", "Check what the project uses on this machine, and suggest fixes.")
+    return console.Parser(
+        "python -m gpt2.doctor", "Check this machine for everything that the project uses, and suggest fixes."
+    )
 
 
 @console.command("gpt2.doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 1 if something that training needs does not work, else 0."""
+    """Run the command. Returns its exit status: 1 if something that training requires does not work, otherwise 0."""
     command_line().parse_args(arguments)
     findings: dict[str, Finding] = {}
     remaining = list(PROBES)
-    # If Python is too old, nothing else is checked. While the speed of BLAS is measured, nothing else runs.
+    # If Python is too old, nothing else is checked. Nothing else runs while the speed of BLAS is measured.
     for names in (["python"], ["blas"], [name for name in PROBES if name not in ("python", "blas")]):
         for name, finding in examine({name: PROBES[name] for name in names}):
             findings[name] = finding

@@ -28,7 +28,7 @@ def command_line() -> Parser:
         "--dtype",
         default="float32",
         choices=WEIGHT_DTYPES,
-        help="dtype of the weights; bfloat16 evaluates in float32 first, then in bfloat16, and prints the difference",
+        help="dtype of the weights; bfloat16 evaluates the model in float32 and in bfloat16, and prints the difference",
     )
     group = parser.add_argument_group("what to evaluate")
     group.add_argument("--data", metavar="NAME", help="a data set: a name in data/, or a folder [default: none]")
@@ -42,12 +42,12 @@ def command_line() -> Parser:
         )
     group = parser.add_argument_group("how much")
     group.add_argument("--split", default="val", choices=SPLITS, help="the split of the data set")
-    group.add_argument("--batches", type=int, metavar="N", help="only the first N batches of the split [default: all]")
+    group.add_argument("--batches", type=int, metavar="N", help="evaluate only the first N batches [default: all]")
     group.add_argument(
         "--block-size", type=int, metavar="TOKENS", help="tokens per sequence [default: the model's context]"
     )
     group.add_argument(
-        "--items", type=int, metavar="N", help="only N items of each task, evenly spaced in its file [default: all]"
+        "--items", type=int, metavar="N", help="evaluate only N evenly spaced items of each task [default: all]"
     )
     group.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="sequences per batch")
     group = parser.add_argument_group("output")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    # Open all files before computing anything, in case one is missing.
+    # Open all files first, so that a missing file is reported before any computation.
     questions = {
         name: load_items(task, getattr(options, name), options.items)
         for name, task in TASKS.items()
@@ -120,7 +120,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     results = {"model": str(folder), "parameters": model.n_parameters(), **measure()}
     if options.dtype == "bfloat16":
-        console.say("the same with weights in bfloat16:")
+        console.say("with weights in bfloat16:")
         model = GPT2.from_pretrained(folder, device=options.device, dtype=precision)
         results["bfloat16"] = measure()
         if data is not None:

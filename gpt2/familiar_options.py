@@ -1,4 +1,4 @@
-"""Options of other programs (nanoGPT, llm.c, the Trainer of transformers), and what to use here instead."""
+"""Options of other programs (nanoGPT, llm.c, the Trainer of transformers), and their equivalents here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAIN = {
     "--context-length": "use --block-size TOKENS",
     "--dataset": "use --data NAME",
     "--ddp": RANKS,
-    "--decay-lr": "use --min-lr X with the value of --learning-rate for a constant rate",
+    "--decay-lr": "for a constant rate, set --min-lr to the value of --learning-rate",
     "--do-eval": EVALUATE,
     "--early-stopping": "use --early-stop N",
     "--early-stopping-patience": "use --early-stop N",

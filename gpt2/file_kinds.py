@@ -1,7 +1,7 @@
 """Identify files and folders that are not models: Git LFS pointers, web pages, models of other programs, ...
 
-A file with a familiar name may have other contents: a clone without git-lfs has pointers, and a download may be a web
-page.
+A file with a model's name may not contain a model: a clone without git-lfs contains pointers, and a download may be a
+web page.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from gpt2.console import script_name
 from tinygrad2.checkpoint import JSON_BYTES
 
-FILES_INSIDE = 100  # maximum number of files in subfolders that are identified
-DIRECTORY_BYTES = 1 << 20  # maximum for a zip archive's central directory; GPT-2 XL's, with its optimizer, has 0.2 MB
-START_BYTES = 512  # the number of bytes at the start of a file that are read to identify its kind
+FILES_INSIDE = 100  # maximum number of files in subfolders to identify
+DIRECTORY_BYTES = 1 << 20  # maximum for a zip archive's central directory; GPT-2 XL with its optimizer has 0.2 MB
+START_BYTES = 512  # number of bytes read from the start of a file to identify its kind
 PICKLE_START = re.compile(rb"\x80(?!\x02\x8a\x0a)[\2-\5]")  # excluding legacy torch.save files
 ZIP_START = b"PK\x03\x04"
 TRANSFORMERS = "load it with transformers and save it as safetensors: model.save_pretrained(FOLDER)"
@@ -82,8 +82,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "vocabulary.j
 
 
 def kind_of(file: Path) -> str:
-    """The kind of a file that is neither a model nor JSON, and what to do about it, such as "an HTML page, ..."; "" if
-    the kind is unknown."""
+    """The kind of a file that is neither a model nor JSON, and advice, such as "an HTML page, ...; download it again".
+    Returns "" if the kind is unknown."""
     with file.open("rb") as opened:
         start = opened.read(START_BYTES)
     if start.startswith(ZIP_START):
@@ -120,8 +120,8 @@ def _kind_of_start(start: bytes, name: str) -> str:
 
 
 def text_in(file: Path) -> str:
-    """The start of a file's text; "" if it is not plain text. It may be the error
-    message of a server, saved in place of the file."""
+    """The start of a file's text; "" if the file is not plain text. The text may be a server's error message, saved in
+    place of the file."""
     with file.open("rb") as opened:
         start = opened.read(START_BYTES)
     is_text = bool(start) and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
@@ -141,7 +141,8 @@ class _Bounded(io.BufferedReader):
 
 @contextmanager
 def open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive in a file. Raises ValueError if its central directory, which zipfile reads at once, is too large."""
+    """Open the archive in a file. Raises ValueError if its central directory, which zipfile reads as a whole, is too
+    large."""
     with _Bounded(file.open("rb", buffering=0)) as stream, zipfile.ZipFile(stream) as archive:
         stream.limit = sys.maxsize
         yield archive
@@ -166,19 +167,19 @@ def _kind_of_zip(file: Path) -> str:
                         kind = _kind_of_start(entry.read(START_BYTES), name)
                     if kind:
                         return f"a zip archive in which {printable(name)} is {kind}"
-            held = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", "config.json"))]
+            models = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", "config.json"))]
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError):
         return ""
-    return f"a zip archive with {printable(held[0])}; unpack it first" if held else ""
+    return f"a zip archive with {printable(models[0])}; unpack it first" if models else ""
 
 
 def kind_of_folder(folder: Path) -> str:
-    """The kind of a folder without a model, and what to do about it; "" if the kind is unknown."""
+    """The kind of a folder without a model, and advice; "" if the kind is unknown."""
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
         base = _base_of(folder / "adapter_config.json")
         return (
-            f"an adapter (peft, LoRA){base}, not a whole model; merge it with its base model: "
+            f"an adapter (peft, LoRA){base}, not a complete model; merge it with its base model: "
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
         )
     if any(name.startswith("model.ckpt.") or ".ckpt-" in name for name in names) or "hparams.json" in names:
@@ -196,7 +197,7 @@ def kind_of_folder(folder: Path) -> str:
 
 
 def _kind_of_contents(folder: Path, names: list[str]) -> str:
-    """The kind of a folder in which no file has a kind of its own, and no folder is a model."""
+    """The kind of a folder in which no file's kind is known and no subfolder is a model."""
     weights = [name for name in names if name.endswith(WEIGHTS_ENDINGS)]
     other = [name for name in weights if not name.startswith(STATE_OF_TRAINERS)]
     if found := next(filter(None, map(SHARD.fullmatch, names)), None):
@@ -226,11 +227,11 @@ def _base_of(file: Path) -> str:
 
 
 def read_json(file: Path, limit: int = JSON_BYTES) -> Any:
-    """The contents of a JSON file written by people or other programs, in UTF-8 or, with a byte-order mark or without,
-    UTF-16 or UTF-32.
+    """The contents of a JSON file written by people or other programs. The encoding may be UTF-8, UTF-16 or UTF-32,
+    with or without a byte-order mark.
 
-    Raises ValueError, which does not name the file, if it is not valid JSON, is too deeply nested, or has more than
-    `limit` bytes; FileNotFoundError.
+    Raises FileNotFoundError, and ValueError if the file is not valid JSON, is too deeply nested, or has more than
+    `limit` bytes. The message of the ValueError does not name the file.
     """
     status = file.stat()
     if stat.S_ISREG(status.st_mode) and status.st_size > limit:

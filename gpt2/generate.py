@@ -1,4 +1,4 @@
-"""Generation: the key-value cache, sampling of the next token, and streamed text."""
+"""Text generation: the key-value cache, sampling, and streaming."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class KVCache:
 
     layers   one array (2, B, H, capacity, D) per layer: keys, then values.
     length   the number of positions in use.
-    decoder  processes one more token of each text in one call on a CPU, or in one kernel launch on a GPU if the model
-             has asked for it; None where this is not supported.
+    decoder  processes the next token of each text in one call on a CPU, or in one kernel launch on a GPU if the model's
+             `fused_decode` is set; None if this is not supported.
     """
 
     def __init__(self, model: LanguageModel, batch: int, capacity: int):
@@ -33,8 +33,8 @@ class KVCache:
         self.decoder: Decoder | CpuDecoder | None = Decoder.fitting(model, self) or CpuDecoder.fitting(model, self)
 
     def greedy(self, tokens: np.ndarray, most: int, choices: int) -> Iterator[np.ndarray]:
-        """Greedy continuation of `tokens` (B,), among the first `choices` ids. Yields up to `most` tokens of each text,
-        or fewer if the cache becomes full. Requires a decoder on a GPU (see Decoder.greedy)."""
+        """Continue `tokens` (B,) greedily, with the first `choices` ids. Yields up to `most` tokens of each text, or
+        fewer if the cache becomes full. Requires a decoder on a GPU (see Decoder.greedy)."""
         assert isinstance(self.decoder, Decoder)
         first, count = self.length, min(most, self.capacity - self.length)
         with explained(self.decoder):
@@ -44,7 +44,7 @@ class KVCache:
 
 
 def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None = None) -> Tensor:
-    """The logits of the token after the last: tokens (B, T) -> (B, V).
+    """The logits of the token that follows tokens (B, T): (B, V).
 
     cache  keys and values of the preceding tokens; those of `tokens` are appended.
     """
@@ -58,7 +58,7 @@ def next_logits(model: LanguageModel, tokens: np.ndarray, cache: KVCache | None 
 NOT_FINITE = "generate: the model's logits are not finite numbers"
 
 
-Ends = int | Collection[int] | None  # the id that ends a text, or several
+Ends = int | Collection[int] | None  # the id or ids that end a text
 
 
 class Sampling(TypedDict, total=False):
@@ -73,7 +73,7 @@ class Sampling(TypedDict, total=False):
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for a sampling parameter out of range."""
+    """Raise ValueError if a sampling parameter is out of range."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
     if top_k is not None and top_k < 1:
@@ -82,7 +82,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top-p is {top_p}; expected 0 < top-p <= 1")
 
 
-BUCKETS = 1 << 12  # 16 powers of 2 below the largest distance from the maximum, with 256 buckets each
+BUCKETS = 1 << 12  # 256 buckets for each of the 16 powers of 2 up to the largest distance from the maximum
 
 
 def choose(
@@ -92,12 +92,12 @@ def choose(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> np.ndarray:
-    """The next token of each row: logits (B, V), draws (B,) uniform in [0, 1) -> (B,) int64.
+    """Sample the next token of each row: logits (B, V), draws (B,) uniform in [0, 1) -> (B,) int64.
 
     temperature  divides the logits; 0 is greedy: the most probable token.
     top_k        sample only from the k most probable tokens (and any that tie with the k-th).
-    top_p        of those, sample from the smallest set of most probable tokens whose probabilities add up to p or more
-                 (nucleus sampling, arXiv:1904.09751, section 3.1).
+    top_p        among these, sample only from the smallest set of most probable tokens whose probabilities sum to p or
+                 more (nucleus sampling, arXiv:1904.09751, section 3.1).
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -110,8 +110,8 @@ def _choose(logits: np.ndarray, draw: float, temperature: float, top_k: int | No
     if few := top_k is not None and top_k < len(logits):
         kept = np.flatnonzero(logits >= _kth_largest(logits, top_k))
         logits = logits[kept]
-    # The maximum is subtracted first, so that dividing by a tiny temperature does not overflow. exp is computed in
-    # float32, the dtype of the logits, because it is faster than float64.
+    # The maximum is subtracted first, so that division by a tiny temperature does not overflow. exp is computed in
+    # float32, the dtype of the logits, because this is faster than float64.
     with np.errstate(over="ignore"):
         scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     weights, buckets, values = np.exp(scaled), _buckets(scaled), logits if few else scaled
@@ -119,11 +119,12 @@ def _choose(logits: np.ndarray, draw: float, temperature: float, top_k: int | No
     sums = np.cumsum(np.bincount(buckets, weights)) / total
 
     def find(share: float, side: Literal["left", "right"]) -> tuple[np.integer, float]:
-        """The token at which the cumulative probability reaches (left) or exceeds (right) a share, and that sum."""
-        last = np.searchsorted(sums, sums[-1])  # of the buckets with a probability
+        """The token at which the cumulative probability reaches (left) or exceeds (right) `share`, and that cumulative
+        probability."""
+        last = np.searchsorted(sums, sums[-1])  # the last bucket whose probability is not 0
         bucket = int(min(np.searchsorted(sums, share, side), last))
         tokens = np.flatnonzero(buckets == bucket)
-        tokens = tokens[np.argsort(-values[tokens], kind="stable")]  # ties are in order of the index
+        tokens = tokens[np.argsort(-values[tokens], kind="stable")]  # equal values are in the order of their indices
         inside = (sums[bucket - 1] if bucket else 0) + np.cumsum(weights[tokens].astype(np.float64) / total)
         rank = min(int(np.searchsorted(inside, share, side)), int((weights[tokens] > 0).sum()) - 1)
         return tokens[rank], inside[rank]
@@ -136,7 +137,8 @@ def _choose(logits: np.ndarray, draw: float, temperature: float, top_k: int | No
 
 
 def _kth_largest(values: np.ndarray, k: int) -> np.floating:
-    """The k-th largest number. For a small k, first those below a bound are excluded: np.partition of all is slow."""
+    """The k-th largest number. For a small k, numbers below a bound are removed first, since np.partition of all
+    numbers is slow."""
     groups = values[: len(values) // (2 * k) * 2 * k].reshape(-1, 2 * k)
     if len(groups) > 1:
         values = values[values >= np.partition(groups.max(axis=0), -k)[-k]]
@@ -144,10 +146,11 @@ def _kth_largest(values: np.ndarray, k: int) -> np.floating:
 
 
 def _buckets(scaled: np.ndarray) -> np.ndarray:
-    """The bucket of each token: the buckets are in descending order of `scaled`, whose maximum is 0, and few tokens
-    share one. So only the tokens of one or two buckets are sorted: to sort a vocabulary takes milliseconds.
+    """The bucket of each token. The buckets are in descending order of `scaled`, whose maximum is 0, and few tokens
+    share a bucket. Only the tokens in one or two buckets are sorted, since sorting the entire vocabulary takes
+    milliseconds.
 
-    A bucket is the upper bits of a float32: the exponent and 8 bits of the fraction."""
+    A bucket is identified by the upper bits of a float32: the exponent and 8 bits of the fraction."""
     distance = np.abs(scaled, dtype=np.float32)
     upper = np.minimum(distance, np.float32(104), out=distance).view(np.uint32)  # exp(-104) is 0
     upper >>= np.uint32(15)
@@ -178,19 +181,20 @@ def generate(
     first_step: int = 0,
     on_logits: Callable[[np.ndarray], object] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continue a prompt of token ids. Yields `max_tokens` times the next token of every sample, (samples,) int64.
+    """Continue a prompt of token ids. Yields the next token of every sample, (samples,) int64, `max_tokens` times.
 
     If the text becomes longer than the model's context, its first half is dropped and the rest is processed again.
-    The token of sample s at step t is drawn with the random number (seed, t, s), so the same seed gives the same text,
+    The token of sample s at step t is drawn with the random number (seed, t, s), so the same seed gives the same text
     for any number of samples.
-    vocab_size  sample only from the first vocab_size ids: a padded model has more ids than its tokenizer.
-    never       ids below vocab_size that are never sampled, because no token has them.
-    cache       False processes the whole text again for every token, which is slow; the tests compare with it.
-    first_step  the number t of the first step: if a text that was interrupted after t tokens is continued with the
-                same seed, the random numbers are those of the uninterrupted text.
+
+    vocab_size  sample only from the first vocab_size ids, since a padded model has more ids than its tokenizer.
+    never       ids below vocab_size that are never sampled, because they are not in the tokenizer's vocabulary.
+    cache       False processes the entire text again for every token, which is slow; used for comparison in tests.
+    first_step  the number t of the first step. To continue a text that was interrupted after t tokens as if it had
+                not been interrupted, pass t and the same seed.
     on_logits   called with the logits (samples, vocab_size) of each step before its tokens are yielded.
 
-    Raises ValueError for an empty prompt, and if the model's logits are not finite; OSError if the GPU fails in the
+    Raises ValueError if the prompt is empty or the model's logits are not finite, and OSError if the GPU fails in the
     kernel of gpt2/decode.cu.
     """
     check_sampling(temperature, top_k, top_p)
@@ -242,10 +246,10 @@ def _new_cache(model: LanguageModel, seen: np.ndarray, more: int) -> KVCache:
 def complete(
     model: LanguageModel, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
 ) -> list[list[int]]:
-    """Continue `tokens` (ids). Returns the new ids of each sample, up to but not including the id `stop` (such as
-    end-of-text) or the first of several.
+    """Continue `tokens`, a sequence of ids. Returns the new ids of each sample, up to but not including the first id
+    that is `stop` or in `stop` (such as end-of-text).
 
-    sampling  see `generate`, which yields tokens as they are sampled.
+    sampling  arguments of `generate`, which yields tokens as they are sampled.
     """
     rows: list[list[int]] = [[] for _ in range(sampling.get("samples", 1))]
     ended = [False] * len(rows)
@@ -261,11 +265,11 @@ def complete(
 
 
 class TextPieces:
-    """Decodes the tokens of one sample incrementally into pieces of text that will not change.
+    """Decodes the tokens of one sample incrementally, into pieces of text that are final.
 
-    The text ends at one of the ids `ends` or before a `stop` string: of several, the one that is complete first, no
-    matter how the text is divided into tokens. Bytes of an incomplete character, and text that may be the start of a
-    stop string, are held back until more tokens arrive.
+    The text ends at one of the ids `ends`, or before a `stop` string. If several stop strings occur, the one that is
+    complete first counts, regardless of how the text is divided into tokens. Bytes of an incomplete character, and text
+    that may be the start of a stop string, are held back until more tokens arrive.
 
     ended    whether the text has ended; further tokens must not be added.
     decoded  the number of characters in all tokens added, including those held back.
@@ -292,7 +296,7 @@ class TextPieces:
         return ready
 
     def after(self, data: bytes) -> None:
-        """Continue a text that ends with these bytes, which may be the start of a character."""
+        """Continue a text that ends with `data`, whose last bytes may be the start of a character."""
         self._decoder.decode(data)
 
     @property
@@ -314,7 +318,7 @@ def stream_text(
     stop: Sequence[str] = (),
     **sampling: Unpack[Sampling],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt as text: yields (sample, piece of text) as soon as the piece is final (see TextPieces).
+    """Continue a prompt, and yield (sample, piece of text) as soon as a piece is final (see TextPieces).
 
     A sample ends at one of `end_ids`, before a `stop` string, or after `max_tokens`.
     """
@@ -332,24 +336,24 @@ def stream_text(
 
 
 def begin_id(model: LanguageModel, tokenizer: Tokenizer) -> int:
-    """The id with which a text without a prompt begins, from the model's config, or else from the tokenizer."""
+    """The id that begins a text without a prompt, from the model's config or else from the tokenizer."""
     known = getattr(model.config, "begin_id", None)
     return tokenizer.begin if known is None else known
 
 
 def end_ids(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text, from the model's config, or else from the tokenizer."""
+    """The ids that end a text, from the model's config or else from the tokenizer."""
     return getattr(model.config, "end_ids", ()) or tokenizer.end_ids
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, seed: int) -> str:
-    """A short text without a prompt, for the evaluations of a training run."""
+    """Generate a short text without a prompt, for the evaluations of a training run."""
     pieces = stream_text(model, tokenizer, [begin_id(model, tokenizer)], 160, temperature=0.8, top_k=50, seed=seed)
     return "".join(piece for _, piece in pieces).strip()
 
 
 def _stop_at(text: str, stop: Sequence[str]) -> int | None:
-    """The start of the stop string that is complete first, reading character by character; None if there is none."""
+    """The start of the stop string that ends first in the text; None if there is none."""
     found = ((at + len(s), at) for s in stop if (at := text.find(s)) >= 0)
     return min(found, default=(0, None))[1]
 

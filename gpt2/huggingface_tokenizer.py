@@ -1,4 +1,4 @@
-"""The tokenizer files in a Hugging Face folder, and tokenization with the library `tokenizers`.
+"""Reads the tokenizer files in a Hugging Face folder, and tokenizes text with the library `tokenizers`.
 
 tokenizer.json                        vocabulary, merges, added tokens, normalizer, pre-tokenizer, post-processor
 vocab.json, merges.txt                vocabulary and merges; OpenAI names them encoder.json and vocab.bpe
@@ -33,16 +33,17 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 TOKENIZER_BYTES = 64 << 20  # maximum size of tokenizer.json and vocab.json; with 256,000 tokens they have 33 MB
 MERGES_PER_TOKEN = 8  # maximum; several pairs may merge into the same token
-ID_LIMIT = 1 << 24  # ids of added tokens must be below this
+ID_LIMIT = 1 << 24  # upper bound for the ids of added tokens
 INSTALL = install_command("tokenizers")
 ONLY_PLAIN = f"only byte-level BPE with GPT-2's pre-tokenizer is supported without the package tokenizers: {INSTALL}"
-GPT2_CLASSES = (  # classes of transformers that split text as GPT-2 does, without the suffix "Fast"
+GPT2_CLASSES = (  # classes of transformers that split text like GPT-2, without the suffix "Fast"
     "GPT2Tokenizer",
     "CodeGenTokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-# Settings in tokenizer.json that change ids, with GPT-2's values. Where that is not True, null, "" and 0 mean the same.
+# Settings in tokenizer.json that affect the ids, with GPT-2's values. For those that are not True, null, "" and 0 are
+# equivalent.
 HF_SETTINGS = {
     "normalizer": None,
     "add_prefix_space": False,
@@ -52,15 +53,15 @@ HF_SETTINGS = {
     "end_of_word_suffix": None,
     "ignore_merges": False,
 }
-MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token that change which text it matches
+MATCHING = ("lstrip", "rstrip", "single_word")  # settings of an added token that affect which text it matches
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is not the result of a merge: its text is one token where special tokens are recognized.
+    """A token that is not the result of a merge. Where special tokens are recognized, its text becomes this one token.
 
-    The other fields are as in `tokenizers`: whether the token marks structure (special) or is a word, and how it is
-    matched.
+    The other fields have the same meaning as in `tokenizers`: whether the token marks structure (special) or is a word,
+    and how it is matched.
     """
 
     content: str
@@ -76,9 +77,9 @@ class AddedToken:
 class TokenizerFiles:
     """The contents of a folder's tokenizer files.
 
-    file       the file to name in errors: tokenizer.json or vocab.json.
-    vocab      ids by token; may have any type if the file is damaged.
-    merges     pairs (position in the file, for errors; the two tokens).
+    file       the file that error messages name: tokenizer.json or vocab.json.
+    vocab      ids by token; of any type if the file is damaged.
+    merges     pairs of the position in the file, for error messages, and the two tokens.
     document   the contents of tokenizer.json, or None.
     config     the contents of tokenizer_config.json.
     added      every added token.
@@ -100,9 +101,9 @@ class TokenizerFiles:
         return ValueError(f"tokenizer {file or self.file}: {reason}; {ONLY_PLAIN}")
 
     def plain_ranks(self) -> dict[bytes, int]:
-        """The ids of the tokens that merges form, if this is byte-level BPE like GPT-2's, which tiktoken can compute.
+        """The ids of the tokens that merges form, for byte-level BPE like GPT-2's, which tiktoken can compute.
 
-        Raises ValueError naming the setting that changes the ids, or the error in a file.
+        Raises ValueError, which names the setting or the file, if a setting affects the ids or a file has an error.
         """
         if self.document is not None:
             self._check_document(self.document)
@@ -118,8 +119,8 @@ class TokenizerFiles:
         return _ranks(self.vocab, self.file, self.merges, self.merges_file, others)
 
     def check_prompts(self) -> None:
-        """Raise ValueError naming the setting if tokens are added around a prompt, or if added tokens match more than
-        their own text."""
+        """Raise ValueError, which names the setting, if tokens are added around a prompt, or if added tokens match more
+        than their own text."""
         for name in ("add_bos_token", "add_eos_token"):
             self._check_setting(name)
         for token in self.added:
@@ -147,7 +148,7 @@ class TokenizerFiles:
                 raise self.refuse(f"its {name} is {str(value)[:80]!r}")
 
     def library_document(self) -> JsonObject:
-        """The contents of a tokenizer.json that combines all files. Raises ValueError if they do not determine it."""
+        """The contents of a tokenizer.json that combines all files. Raises ValueError if the files are insufficient."""
         document = dict(self.document) if self.document is not None else self._own_document()
         document |= {"truncation": None, "padding": None, "added_tokens": [asdict(token) for token in self.added]}
         if "add_prefix_space" in self.config:
@@ -165,7 +166,8 @@ class TokenizerFiles:
 
     @property
     def _is_gpt2(self) -> bool:
-        """Whether the class in tokenizer_config.json splits text as GPT-2's does; vocab and merges do not tell."""
+        """Whether the class in tokenizer_config.json splits text like GPT-2's. The vocabulary and the merges do not
+        determine this."""
         return self._class.removesuffix("Fast") in GPT2_CLASSES
 
     @property
@@ -195,13 +197,13 @@ class TokenizerFiles:
         return {"version": "1.0", **parts, "model": model}
 
     def _template(self, begin: bool, end: bool) -> JsonObject:
-        """A post-processor that adds special tokens around a text."""
+        """A post-processor that adds special tokens before and after a text."""
         around = [_named(self.config, self.folder, name) for name in ("bos_token", "eos_token")]
         before, after = around[:1] if begin else [], around[1:] if end else []
         ids = {token.content: token.id for token in self.added}
         for text in (*before, *after):
             if text not in ids:
-                raise ValueError(f"tokenizer {self.file}: it adds the token {printable(text)} to a text, but has none")
+                raise ValueError(f"tokenizer {self.file}: it adds the token {printable(text)} to texts, but has no id")
         single = [{"SpecialToken": {"id": text, "type_id": 0}} for text in before]
         single += [{"Sequence": {"id": "A", "type_id": 0}}]
         single += [{"SpecialToken": {"id": text, "type_id": 0}} for text in after]
@@ -211,7 +213,7 @@ class TokenizerFiles:
 
 
 def copied_files(folder: Path) -> list[tuple[Path, str]]:
-    """The tokenizer files in the folder, each with its name in the Hugging Face layout; empty if there are none."""
+    """The tokenizer files in the folder, and their names in the Hugging Face layout. Empty if there are none."""
     if not is_tokenizer_folder(folder):
         return []
     pair = _pair_of_files(folder) or ()
@@ -221,16 +223,17 @@ def copied_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
-    """Whether the folder has tokenizer files in the Hugging Face layout or under OpenAI's names."""
+    """Whether the folder has tokenizer files, in the Hugging Face layout or with OpenAI's names."""
     return (folder / HF_TOKENIZER).is_file() or _pair_of_files(folder) is not None
 
 
 def incomplete(folder: Path) -> str:
-    """The end of an error message: what a folder without a tokenizer contains instead; "" if nothing related."""
+    """A note for the end of an error message about related files in a folder without a tokenizer; "" if there are
+    none."""
     for pair in ((HF_VOCAB, HF_MERGES), (OPENAI_VOCAB, OPENAI_MERGES)):
         there = [name for name in pair if (folder / name).is_file()]
         if there:
-            return f"; {there[0]} is there, {next(name for name in pair if name not in there)} is missing"
+            return f"; {there[0]} exists, but {next(name for name in pair if name not in there)} is missing"
     if found := next((name for name in SENTENCEPIECE_FILES if (folder / name).is_file()), None):
         return f"; {found} is a SentencePiece model: save it with transformers as {HF_TOKENIZER}"
     return ""
@@ -242,7 +245,8 @@ def _pair_of_files(folder: Path) -> tuple[Path, Path] | None:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """Read the files in the folder `path`, or a file tokenizer.json and those next to it. Raises ValueError."""
+    """Read the tokenizer files in the folder `path`, or the file tokenizer.json `path` and the files next to it. Raises
+    ValueError if a file is damaged."""
     folder, alone = (path.parent, path) if path.is_file() else (path, path / HF_TOKENIZER)
     config = _read_object(folder / HF_CONFIG)
     document, places = None, _pair_of_files(folder)
@@ -290,7 +294,7 @@ def _read_document(file: Path) -> JsonObject:
 
 
 def _read_object(file: Path) -> JsonObject:
-    """The JSON object in a file; an empty one if the file does not exist."""
+    """The JSON object in a file, or an empty one if the file does not exist."""
     if not file.is_file():
         return {}
     try:
@@ -303,7 +307,7 @@ def _read_object(file: Path) -> JsonObject:
 
 
 def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
-    """The merges in a file, each with its position there, for a vocabulary of this number of tokens."""
+    """The merges in a file with their positions, for a vocabulary with this number of tokens."""
     if kind := kind_of(file):
         raise ValueError(f"tokenizer {file}: it is {kind}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
@@ -320,8 +324,8 @@ def _read_merges(file: Path, tokens: int) -> list[tuple[str, Any]]:
 def _added_tokens(
     file: Path, folder: Path, document: JsonObject | None, config: JsonObject, vocab: Mapping[str, object]
 ) -> list[AddedToken]:
-    """All added tokens in order of their ids, from all files that list them. A special token without an id gets the
-    next unused id, as in transformers."""
+    """All added tokens, in the order of their ids, from all files that list them. A special token without an id gets
+    the next unused id, as in transformers."""
     found: dict[str, AddedToken] = {}
     texts: dict[int, str] = {}
     of_vocab = {i: token for token, i in _integers(vocab).items()}
@@ -329,7 +333,7 @@ def _added_tokens(
     def add(values: JsonObject | str, number: object) -> None:
         text = values if isinstance(values, str) else values.get("content")
         if not isinstance(text, str) or not text:
-            raise ValueError(f"tokenizer {file}: an added token has the text {str(text)[:80]!r}; expected some text")
+            raise ValueError(f"tokenizer {file}: an added token has the text {str(text)[:80]!r}; expected a string")
         number = int(number) if isinstance(number, str) and number.isdecimal() else number
         free = type(number) is int and 0 <= number < ID_LIMIT and of_vocab.get(number, text) == text
         if (
@@ -373,7 +377,7 @@ FLAGS = ("special", *MATCHING, "normalized")
 
 
 def _special_tokens(config: JsonObject, special: JsonObject) -> Iterator[str | JsonObject]:
-    """The special tokens in the two files: bos_token and so on, and lists of additional ones."""
+    """The special tokens in the two files: bos_token and so on, and the lists of additional special tokens."""
     for values in (config, special):
         for key, value in values.items():
             if key.endswith("_token") and isinstance(value, str | dict):
@@ -395,7 +399,7 @@ def _named(config: JsonObject, folder: Path, key: str) -> str:
 
 
 def _begin_and_ends(folder: Path, config: JsonObject, ids: Mapping[str, int]) -> tuple[int | None, tuple[int, ...]]:
-    """The ids that begin and end a text, from generation_config.json, or else from config.json, or else those of the
+    """The ids that begin and end a text: from generation_config.json, or else from config.json, or else the ids of the
     special tokens bos_token and eos_token."""
     begin: int | None = None
     ends: tuple[int, ...] = ()
@@ -420,8 +424,8 @@ def as_ids(value: object) -> tuple[int, ...]:
 
 
 def byte_of() -> dict[str, int]:
-    """The byte that each character in vocab.json and merges.txt represents. Printable bytes are represented by the
-    character with the same code point, the others by U+0100, U+0101, ..."""
+    """The byte that each character in vocab.json and merges.txt represents. A printable byte is represented by the
+    character with the same code point, and other bytes by U+0100, U+0101, ..."""
     printable_bytes = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable_bytes]
     return {chr(byte): byte for byte in printable_bytes} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -434,12 +438,13 @@ def _is_text(value: object) -> bool:
 def _ranks(
     vocab: object, vocab_file: Path, merges: list[tuple[str, Any]], merges_file: Path, others: set[str]
 ) -> dict[bytes, int]:
-    """The tokens and their ids, from a vocabulary in GPT-2's characters for bytes.
+    """The tokens and their ids, from a vocabulary that represents bytes by GPT-2's characters.
 
-    merges  each with its position in the file.
+    merges  the merges with their positions in the file.
     others  the texts of tokens that are not the result of a merge.
-    tiktoken merges the pair with the lowest rank first, so this raises ValueError if the merges are not in the order
-    of the ids of their results.
+
+    tiktoken merges the pair with the lowest rank first, so the merges must be in the order of the ids of their results;
+    otherwise, this raises ValueError.
     """
     bytes_of = byte_of()
     try:
@@ -450,7 +455,7 @@ def _ranks(
         raise ValueError(f"tokenizer {vocab_file}: expected one JSON object of tokens and ids") from None
     except KeyError as error:
         raise ValueError(
-            f"tokenizer {vocab_file}: the character {error} represents no byte; expected a byte-level vocabulary"
+            f"tokenizer {vocab_file}: the character {error} does not represent a byte; expected a byte-level vocabulary"
         ) from None
     previous = -1
     for place, pair in merges:
@@ -458,11 +463,11 @@ def _ranks(
         text = "".join(pair) if is_pair else ""
         token = bytes(bytes_of[c] for c in text) if all(c in bytes_of for c in text) else b""
         if ranks.get(token, -1) <= previous:
-            raise ValueError(f"tokenizer {merges_file}: {place} does not make the next token of {vocab_file.name}")
+            raise ValueError(f"tokenizer {merges_file}: {place} does not form the next token of {vocab_file.name}")
         previous = ranks[token]
     if len(merges) + 256 != len(ranks):
         raise ValueError(
-            f"tokenizer {merges_file}: {len(merges)} merges and 256 bytes make {len(merges) + 256} tokens; "
+            f"tokenizer {merges_file}: {len(merges)} merges and 256 bytes form {len(merges) + 256} tokens; "
             f"{vocab_file.name} has {len(ranks)} besides {END_OF_TEXT}"
         )
     return ranks
@@ -481,7 +486,8 @@ def library() -> ModuleType | None:
 
 
 def with_prefix_space(splitter: Any, wanted: bool) -> Any:
-    """A pre-tokenizer or normalizer that adds a space before the first word, or one that does not."""
+    """The pre-tokenizer or normalizer, changed so that it adds a space before the first word (if `wanted`) or does
+    not."""
     if not isinstance(splitter, dict):
         return splitter
     for key in ("pretokenizers", "normalizers"):
@@ -502,8 +508,9 @@ class LibraryEncoding:
     """Encoding by the library `tokenizers`.
 
     document  the contents of a tokenizer.json.
-    file      the file to name in errors.
-    Raises ValueError if the library is not installed, cannot read the document, or gives an added token a different id.
+    file      the file that error messages name.
+    Raises ValueError if the library is not installed, cannot read the document, or assigns an added token a different
+    id.
     """
 
     def __init__(self, document: JsonObject, file: Path):
@@ -521,7 +528,7 @@ class LibraryEncoding:
         self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
-        """Raise ValueError if two tokens have the same id, or if a byte has no token: the library drops such bytes, so
+        """Raise ValueError if two tokens have the same id, or if a byte has no token. The library drops such bytes, so
         decoding would not restore the text."""
         model = self.document["model"]
         found: dict[object, str] = {}
@@ -534,8 +541,8 @@ class LibraryEncoding:
             missing = [byte for character, byte in byte_of().items() if character not in vocab]
             if missing:
                 raise ValueError(
-                    f"tokenizer {self._file}: byte {missing[0]} has no token; each of the 256 bytes needs one, or the "
-                    "model an unk_token"
+                    f"tokenizer {self._file}: byte {missing[0]} has no token; expected a token for each of the 256 "
+                    "bytes, or an unk_token"
                 )
 
     def _made(self, **changes: object) -> Any:
@@ -546,7 +553,7 @@ class LibraryEncoding:
             return tokenizers.Tokenizer.from_str(json.dumps({**self.document, **changes}))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a Rust panic in the library is not an Exception
+        except BaseException as error:  # a Rust panic in the library is not a subclass of Exception
             raise ValueError(
                 f"tokenizer {self._file}: the package tokenizers cannot read it ({printable(str(error))})"
             ) from None
@@ -561,7 +568,7 @@ class LibraryEncoding:
 
     @cached_property
     def _continuing(self) -> tuple[Any, Any]:
-        """Two encoders without a space before the text: one that recognizes added tokens, and one that does not."""
+        """Two encoders that add no space before the text: one recognizes added tokens, and the other does not."""
         kinds = ("pre_tokenizer", "normalizer")
         changes = {kind: with_prefix_space(self.document.get(kind), False) for kind in kinds}
         if all(changes[kind] == self.document.get(kind) for kind in kinds):
@@ -569,7 +576,7 @@ class LibraryEncoding:
         return self._made(**changes), self._made(**changes, added_tokens=[])
 
     def encode(self, text: str, special_tokens: bool, continues: bool) -> np.ndarray:
-        """The ids of a text, or of a part of one that follows another part."""
+        """The ids of a text. With `continues`, it is a part of a text that follows another part."""
         if continues:
             encoding = self._continuing[0 if special_tokens else 1]
         else:
@@ -591,8 +598,8 @@ class LibraryEncoding:
 
     @cached_property
     def tokens(self) -> dict[int, bytes]:
-        """The bytes of each token, by id. If the encoding is not byte-level, the bytes that the token adds when it
-        follows another token."""
+        """The bytes of each token, by id. If the encoding is not byte-level, these are the bytes that the token adds
+        when it follows another token."""
         added = {token["content"]: token["id"] for token in self.document["added_tokens"]}
         vocab = self._recognizing.get_vocab(with_added_tokens=True)
         if self.byte_level:

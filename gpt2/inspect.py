@@ -1,8 +1,8 @@
-"""Look inside a model: write a page that shows what it computes for a text.
+"""Look inside a model: write a page that shows what the model computes for a text.
 
 The page shows how surprising each token is and what the model expected instead, what each attention head attends to,
-what every layer would predict, and how the residual stream grows. It is a single file and needs no network. Without
---prompt the model first generates a text. If the text is longer than the model's context, only its end is used.
+what each layer would predict, and how the residual stream grows. It is a single file that works offline. Without
+--prompt, the model first generates a text. If the text is longer than the model's context, only its end is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpt2.tokenizer import Tokenizer
 from tinygrad2.checkpoint import JsonObject
 
 PAGE = "inspect.html"
-GENERATED = 100  # number of tokens to generate if neither a prompt nor a number is given
+GENERATED = 100  # the default number of tokens to generate without a prompt
 
 
 def command_line() -> Parser:
@@ -39,7 +39,7 @@ def command_line() -> Parser:
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"number of tokens that the model adds to the text first [default: 0, or {GENERATED} without a text]",
+        help=f"number of tokens that the model appends to the text [default: 0, or {GENERATED} without a text]",
     )
     group.add_argument(
         "-t", "--temperature", type=float, default=0.8, metavar="X", help="divides the logits; 0 is greedy"
@@ -97,7 +97,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> tuple[list[int], int, list[str]]:
-    """The tokens to show, how many of them were given rather than generated, and notes about them."""
+    """The tokens to show, the number of tokens that are from the prompt, and notes for the page."""
     tokens = tokenizer.encode_prompt((options.prompt or "").removeprefix("\ufeff")).tolist()
     given, context = len(tokens), model.config.n_positions
     more = options.max_tokens if options.max_tokens is not None else 0 if given else GENERATED
@@ -129,7 +129,7 @@ def text_of(options: argparse.Namespace, model: GPT2, tokenizer: Tokenizer) -> t
 
 
 def summary(data: JsonObject, vocabulary: Vocabulary) -> Iterator[str]:
-    """A few lines for the terminal."""
+    """Yield a summary for the terminal, line by line."""
     bits, tokens = data["bits_per_byte"], data["tokens"]
     count = len(tokens)
     yield f"{count:,} token{'s' * (count != 1)}" + ("" if bits is None else f", {bits:.3f} bits per byte")
@@ -152,7 +152,7 @@ def summary(data: JsonObject, vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def listed(actual: float, expected: list[tuple[str, float]]) -> str:
-    """What the model expected instead of something to which it gave the probability `actual`."""
+    """Describe what the model expected instead of a word or token that it gave the probability `actual`."""
     alternatives = ", ".join(f"{text!r} {percent(p)}" for text, p in expected[:3])
     is_first = bool(expected) and actual >= expected[0][1]
     return f"it was the first choice, before {alternatives}" if is_first else f"expected {alternatives}"

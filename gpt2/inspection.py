@@ -1,6 +1,6 @@
-"""The inspector's data: probabilities, attention weights and what each head does, words, and the logit lens.
+"""The inspector's data: probabilities, attention weights, the pattern of each head, words, and the logit lens.
 
-`inspect` returns all of it as JSON for the script pages/inspect.js, and `inspector_page` builds a page from that.
+`inspect` returns the data as JSON for the script pages/inspect.js, and `inspector_page` builds a page from it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gpt2.trace import Trace
 from tinygrad2 import Tensor, no_grad
 from tinygrad2.checkpoint import JsonObject
 
-CHOICES, NEIGHBOURS, WORDS = 10, 8, 6  # how many of each are shown
-EXACT = 128  # tokens; for a longer text, only the strongest LINKS of each query, and an overview of GRID x GRID
+CHOICES, NEIGHBOURS, WORDS = 10, 8, 6  # the number of each that is shown
+EXACT = 128  # tokens; a longer text gets only the strongest LINKS of each query, and an overview of GRID x GRID
 LINKS, GRID = 8, 64
 ROWS = 128  # number of positions whose logits are computed at a time
-BEAM, LONGEST = 12, 16  # for words: the width of the beam search, and the maximum number of tokens
+BEAM, LONGEST = 12, 16  # width of the beam search for words, and maximum number of tokens in a word
 STANDS_OUT, ENOUGH = 0.2, 3  # the minimum score and number of queries for a pattern to describe a head
 
-# Attention patterns: a name, and what the head attends to. If scores are equal, the first pattern wins.
+# Attention patterns: the name, and what the head attends to. If scores are equal, the first pattern is used.
 PATTERNS = {
     "previous": ("previous token", "the token just before"),
     "first": ("first token", "the first token of the text; heads often attend to it when they have nothing to add"),
-    "word": ("start of the word", "where the current word began: the space before it, or its first token"),
+    "word": ("start of the word", "the token where the current word began: the space before it, or its first token"),
     "same": ("same token earlier", "earlier occurrences of the same token"),
     "induction": (
         "induction",
-        "what followed the same token earlier; a model copies a repeated sequence with such heads",
+        "the token that followed the same token earlier; such heads let a model copy a repeated sequence",
     ),
     "itself": ("itself", "the token itself"),
 }
-TITLE_LENGTH = 60  # characters of the text in the page's title
+TITLE_LENGTH = 60  # maximum number of characters of the text in the page's title
 SPREADS = "spreads"
 
 
@@ -70,8 +70,9 @@ def largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def predictions(trace: Trace) -> JsonObject:
-    """For each token its surprisal (`surprise`), -log2 of its probability, and its rank; and for each position the most
-    probable next tokens with their probabilities. Nothing predicts the first token."""
+    """For each token: its surprisal (`surprise`), which is -log2 of its probability, and its rank. For each position:
+    the most probable next tokens with their probabilities. The first token is not predicted, so its entries are
+    None."""
     surprise: list[float | None] = [None]
     rank: list[int | None] = [None]
     ids, p = [], []
@@ -94,8 +95,8 @@ def predictions(trace: Trace) -> JsonObject:
 
 
 def lens(model: GPT2, trace: Trace) -> JsonObject:
-    """The logit lens: the most probable next token and its probability if the model ended before each layer, and after
-    the last: the final LayerNorm and the output layer applied to the residual stream. Both (L + 1, T)."""
+    """The logit lens: the final LayerNorm and the output layer are applied to the residual stream before each layer and
+    after the last. Returns the most probable next token and its probability, both (L + 1, T)."""
     streams = [layer.stream for layer in trace.layers] + [trace.stream]
     ids = np.empty((len(streams), len(trace.tokens)), dtype=np.int32)
     p = np.empty(ids.shape, dtype=np.float32)
@@ -119,9 +120,9 @@ def lens(model: GPT2, trace: Trace) -> JsonObject:
 
 
 def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarray]:
-    """For each of PATTERNS, the keys that each query attends to under this pattern: a boolean mask (query, key).
+    """For each of PATTERNS, a boolean mask (query, key) of the keys that each query attends to in this pattern.
 
-    begins_word  (T,), whether a token begins with a character that is not part of a word, such as a space.
+    begins_word  (T,), whether each token begins with a character that is not part of a word, such as a space.
     """
     T = len(tokens)
     query, key = np.arange(T)[:, None], np.arange(T)[None]
@@ -142,12 +143,12 @@ def patterns(tokens: np.ndarray, begins_word: np.ndarray) -> dict[str, np.ndarra
 
 
 def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np.ndarray) -> list[JsonObject]:
-    """What each head of a layer does: weights (H, T, T), the keys of each pattern (T, T), and the ids (T,).
+    """Describe each head of a layer, from its weights (H, T, T), the mask of each pattern (T, T), and the ids (T,).
 
-    For each pattern [share, even, queries]: the share of attention on its keys, the share under uniform attention (both
-    are means over the queries that have such keys), and the number of these queries.
-    kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS if none is high enough.
-    spread  the number of tokens that attention is spread over: 2^(entropy in bits), averaged over the queries.
+    NAME    for each pattern, [share, even, queries]: the share of attention on its keys, the share under uniform
+            attention (both are means over the queries that have such keys), and the number of these queries.
+    kind    the pattern with the highest score (share - even) / (1 - even), or SPREADS if no score is high enough.
+    spread  the effective number of tokens attended to: 2^(entropy in bits), averaged over the queries.
     most    [id, share, even]: the id in the text whose share exceeds its uniform share by the largest amount.
     """
     T = weights.shape[-1]
@@ -177,7 +178,8 @@ def describe_heads(weights: np.ndarray, masks: dict[str, np.ndarray], tokens: np
 
 
 def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
-    """The weights of every head, followed in each layer by their mean; and what each head does."""
+    """The weights of every head, followed in each layer by their mean over the heads, and the description of each
+    head."""
     T = len(trace.tokens)
     heads, parts = [], []
     for layer in trace.layers:
@@ -201,7 +203,7 @@ def attention(trace: Trace, masks: dict[str, np.ndarray]) -> JsonObject:
 
 def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From weights (H, T, T): the keys and values of the LINKS largest weights of each query, (H, T, LINKS), and an
-    overview (H, GRID, GRID): the share of attention from each group of queries to each group of keys. Weights are in
+    overview (H, GRID, GRID), the share of attention from each group of queries to each group of keys. Weights are in
     units of 1/255."""
     T = weights.shape[-1]
     keys = largest(weights, LINKS)
@@ -219,10 +221,10 @@ def strongest_links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 @dataclass
 class Vocabulary:
-    """The tokens of a model as text, and which of them form words.
+    """The tokens of a model as text, and how they form words.
 
     tokenizer  the model's tokenizer.
-    size       the number of ids in the model, which may be more than in the tokenizer.
+    size       the number of ids in the model, which may be larger than in the tokenizer.
     """
 
     tokenizer: Tokenizer
@@ -237,8 +239,8 @@ class Vocabulary:
         return self.tokenizer.tokens.get(i, b"")
 
     def label(self, i: int) -> str:
-        """A token as displayed: newlines and tabs as symbols, invisible characters and partial characters as escape
-        sequences."""
+        """A token as text to display: newlines and tabs are shown as symbols, and invisible and incomplete characters
+        as escape sequences."""
         if i in self.special:
             return visible(self.special[i])
         if i not in self.tokenizer.tokens:
@@ -252,23 +254,24 @@ class Vocabulary:
 
     @cached_property
     def begins_word(self) -> np.ndarray:
-        """(size,) whether a token ends the preceding word: a space, punctuation, an added token."""
+        """(size,), whether each token begins outside a word (with a space or punctuation, or is an added token)."""
         return np.array([i in self.special or not _in_word(self.token(i)[:1]) for i in range(self.size)])
 
     @cached_property
     def ends_in_word(self) -> np.ndarray:
-        """(size,) whether a token ends within a word, which the next token may continue."""
+        """(size,), whether each token ends inside a word, which the next token may continue."""
         return np.array([i not in self.special and _in_word(self.token(i)[-1:]) for i in range(self.size)])
 
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
-        """(T,) whether a word, or the text between two words, begins at a token."""
+        """(T,), whether a word, or the text between two words, begins at each token."""
         after_word = np.concatenate(([False], self.ends_in_word[tokens[:-1]]))
         starts = self.begins_word[tokens] | ~after_word
         starts[:1] = True
         return starts
 
     def words(self, tokens: np.ndarray) -> list[slice]:
-        """The words that consist of several tokens, except at the start of the text, where there is no prediction."""
+        """The words that consist of several tokens. A word at the start of the text is excluded, since it is not
+        predicted."""
         starts = np.flatnonzero(self.word_starts(tokens))
         ends = np.append(starts[1:], len(tokens))
         return [
@@ -283,14 +286,14 @@ def _in_word(byte: bytes) -> bool:
 
 
 def expected_words(model: GPT2, vocabulary: Vocabulary, trace: Trace) -> JsonObject:
-    """What the model expected in place of each word that has several tokens, by the position of its first token:
+    """What the model expected in place of each word that has several tokens, by the position of the word's first token:
 
     end     the position after its last token.
-    begins  the probability that any word begins there.
-    p       the probability of the word: the product of the probabilities of its tokens and of the word ending there.
+    begins  the probability that some word begins at this position.
+    p       the probability of the word: the product of the probabilities of its tokens and of its end.
     words   [word, probability] of the most probable words that a beam search finds.
 
-    Empty for a text of more than EXACT tokens.
+    The result is empty if the text has more than EXACT tokens.
     """
     words = vocabulary.words(trace.tokens) if len(trace.tokens) <= EXACT else []
     if not words:
@@ -319,9 +322,11 @@ def word_label(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
 def beam_search(
     model: GPT2, vocabulary: Vocabulary, read: KVCache, start: int, first: np.ndarray
 ) -> list[tuple[float, list[int]]]:
-    """The most probable words at a position, each with its probability: [(p, tokens)], in descending order of p.
+    """The most probable words at a position, as [(probability, tokens)] in descending order of probability.
 
-    read   keys and values of the text.   start  the position.   first  the probabilities (V,) of the first token.
+    read   the key-value cache of the text.
+    start  the position.
+    first  the probabilities (V,) of the first token.
     """
     room = min(start + LONGEST, model.config.n_positions) - start
     cache = KVCache(model, 1, start + room)
@@ -352,14 +357,14 @@ def beam_search(
 
 
 def neighbours(model: GPT2, vocabulary: Vocabulary, tokens: np.ndarray) -> dict[str, list[list[float]]]:
-    """For each token of the text, [id, cosine] of the tokens with the most similar embeddings."""
+    """For each id in the text, the [id, cosine] pairs of the tokens with the most similar embeddings."""
     table = model.wte.weight.numpy().astype(np.float32)[: vocabulary.tokenizer.vocab_size]
     table = table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
     ids = np.unique(tokens)
     found: dict[str, list[list[float]]] = {}
     for rows in in_chunks(len(ids)):
         cosine = table[ids[rows]] @ table.T
-        cosine[np.arange(len(cosine)), ids[rows]] = -2  # itself
+        cosine[np.arange(len(cosine)), ids[rows]] = -2  # exclude the token itself
         for i, best, own in zip(ids[rows], largest(cosine, min(NEIGHBOURS, len(table) - 1)), cosine, strict=True):
             found[str(i)] = [[int(j), round(float(own[j]), 4)] for j in best]
     return found
@@ -371,12 +376,12 @@ def neighbours(model: GPT2, vocabulary: Vocabulary, tokens: np.ndarray) -> dict[
 
 
 def inspect(model: GPT2, tokenizer: Tokenizer, tokens: Sequence[int], prompt: int, name: str) -> JsonObject:
-    """The contents of the page for a text: the JSON that its script, pages/inspect.js, reads.
+    """The data of the page for a text: the JSON object that the page's script, pages/inspect.js, reads.
 
-    tokens  the ids, at most as many as the model's context.
-    prompt  how many of them were given; the model generated the others.
+    tokens  the ids, at most the length of the model's context.
+    prompt  the number of ids in the prompt; the model generated the others.
     name    the name of the model.
-    Raises ValueError if a result is not finite, naming the first.
+    Raises ValueError, which names the first result that is not finite.
     """
     trace = model.trace(tokens)
     check_activations(trace)
@@ -423,7 +428,7 @@ def rms(x: np.ndarray | None) -> np.ndarray:
 
 
 def packed(values: np.ndarray, dtype: str) -> JsonObject:
-    """An array as JSON: its shape, its dtype, and its bytes, little-endian, in base64."""
+    """An array as JSON: its shape, its dtype, and its little-endian bytes in base64."""
     data = np.ascontiguousarray(values, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
     return {"shape": list(values.shape), "dtype": dtype, "base64": base64.b64encode(data).decode("ascii")}
 
@@ -435,7 +440,7 @@ def unpacked(data: JsonObject) -> np.ndarray:
 
 
 def check_weights(model: GPT2, name: str) -> None:
-    """Raise ValueError naming the tensor if a parameter has values that are not finite."""
+    """Raise ValueError, which names the tensor, if a parameter has values that are not finite."""
     for tensor, parameter in model.named_parameters():
         values = parameter.numpy()
         bad = int(values.size - np.isfinite(values).sum())
@@ -447,7 +452,7 @@ def check_weights(model: GPT2, name: str) -> None:
 
 
 def check_activations(trace: Trace) -> None:
-    """Raise ValueError naming the first result that is not finite."""
+    """Raise ValueError, which names the first result that is not finite, if there is one."""
     for i, layer in enumerate(trace.layers, 1):
         for name, values in (("attention", layer.attention), ("MLP", layer.mlp)):
             if values is not None and not np.isfinite(values).all():

@@ -1,8 +1,8 @@
-"""Handling of Ctrl-C while a command imports its modules, and after its main function: exit silently, with status 130.
+"""Makes Ctrl-C exit silently, with status 130, while a command imports its modules and after its main function.
 
-Otherwise KeyboardInterrupt could be raised anywhere within an import, which may turn it into another error, and Python
-would print a traceback. The package imports this module first, before NumPy and the rest. During the main function
-console.run lets Ctrl-C raise KeyboardInterrupt as usual.
+Otherwise KeyboardInterrupt could be raised anywhere within an import, which may convert it to another error, and Python
+would print a traceback. The package imports this module first, before NumPy and other modules. During the main
+function, console.run makes Ctrl-C raise KeyboardInterrupt as usual.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ SCRIPTS = ("train.py", "sample.py", "data/prepare.py")  # they import gpt2 befor
 
 
 def exit_silently(number: int, frame: object) -> None:
-    """A signal handler."""
+    """The signal handler."""
     os._exit(130)
 
 
 def exit_silently_on_ctrl_c() -> None:
-    """From now on Ctrl-C exits silently, unless it is ignored (as in a shell's background jobs) or handled."""
+    """Make Ctrl-C exit silently, unless it is ignored (as in a shell's background jobs) or already has a handler."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_silently)
 
 
 def raise_on_ctrl_c() -> None:
-    """Undo exit_silently_on_ctrl_c: from now on Ctrl-C raises KeyboardInterrupt."""
+    """Undo exit_silently_on_ctrl_c, so that Ctrl-C raises KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is exit_silently:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

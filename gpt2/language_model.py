@@ -1,4 +1,4 @@
-"""The interface of a model that generation, evaluation and training require, for any architecture."""
+"""The interface that generation, evaluation and training require of a model, for any architecture."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class ModelConfig(Protocol):
 class Cache(Protocol):
     """Keys and values of the tokens processed so far (see generate.KVCache).
 
-    layers  one array per layer;  length  the number of positions in use.
+    layers  one array per layer.
+    length  the number of positions in use.
     """
 
     layers: list[Array]
@@ -52,7 +53,7 @@ class LanguageModel(Protocol):
     It is a tinygrad2.nn.Module, which provides the methods for parameters.
 
     config     the sizes.
-    backend    the backend of the parameters, which computes the model.
+    backend    the backend of the parameters, on which the model runs.
     precision  the dtypes of parameters and activations.
     """
 
@@ -77,14 +78,21 @@ class LanguageModel(Protocol):
         """The mean cross-entropy in nats of predicting targets (B, T) from tokens (B, T), a scalar."""
 
     def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
-        """What loss(tokens, targets, key).backward(dloss) does, for training. Returns the loss."""
+        """Equivalent to loss(tokens, targets, key).backward(dloss), possibly with less memory. Returns the loss.
+
+        Training calls it for each micro-batch. Unless a model has its own method, as GPT2 has, it uses this one:
+        `backward = LanguageModel.backward`.
+        """
+        loss = self.loss(tokens, targets, key)
+        loss.backward(dloss)
+        return loss.data
 
     def cache_shapes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """The shapes of a cache's arrays, one per layer, for `batch` texts of up to `capacity` tokens."""
 
     def hidden_matrices(self) -> dict[str, int]:
-        """The names of the hidden layers' matrices (in, out), and the number of column blocks in each: 3 for queries,
-        keys and values in one matrix. Muon orthogonalizes each block separately."""
+        """Map the name of each matrix (in, out) of the hidden layers to its number of column blocks: 3 for a matrix
+        that computes queries, keys and values. Muon orthogonalizes each block separately."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]: ...
     def parameters(self) -> Iterator[Parameter]: ...

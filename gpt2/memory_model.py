@@ -1,8 +1,9 @@
-"""An estimate of the memory that each rank allocates in a training step, by purpose.
+"""Estimates the memory that each rank allocates in a training step, by purpose.
 
 Symbols: B sequences of T tokens, N = B T rows, C channels, H heads, V tokens in the vocabulary, L layers, P parameters.
-Arrays are (N, C) unless noted; the array of queries, keys and values is three times as wide, and those inside an MLP
-four times. The numbers of arrays follow from the order of operations in model.py and from what ops.py saves.
+Arrays are (N, C) unless noted otherwise. The array of queries, keys and values is three times as wide, and the arrays
+inside an MLP are four times as wide. The numbers of arrays follow from the order of operations in model.py and from
+what ops.py saves.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from gpt2.config import GPT2Config
 from tinygrad2.backend import Backend, CudaBackend
 from tinygrad2.precision import FLOAT32, Precision
 
-GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds larger arrays up to a multiple
-CHUNK = 64  # rows that kernels/cpu.py adds into one partial sum of a parameter's gradient
+GRANULE = 1 << 16  # bytes; tinygrad2/memory.py rounds the size of larger arrays up to a multiple of this
+CHUNK = 64  # rows per partial sum of a parameter's gradient (kernels/cpu.py)
 BUCKET = 1 << 22  # elements per all-reduce, and per computation of Muon's momentum (params.py)
 RECEIVED = 16 << 20  # bytes that a rank receives at a time when sums are computed on the host (distributed.py)
-WORKSPACE = 32 << 20  # bytes for cublasLt (kernels/gemm.py)
+WORKSPACE = 32 << 20  # bytes for cuBLASLt (kernels/gemm.py)
 QUERY_ROWS = 128  # rows of scores at a time in attention
-# Python with NumPy and the compiled kernels, measured; a CUDA context with cublasLt, and NCCL, estimated.
+# Bytes of Python with NumPy and the compiled kernels (measured), a CUDA context with cuBLASLt, and NCCL (estimated).
 LIBRARIES, CONTEXT, NCCL = 190_000_000, 600_000_000, 400_000_000
-ALIGNED = 64  # on a GPU the rows of the output layer's matrix are padded to a multiple of this
+ALIGNED = 64  # on a GPU, the rows of the output layer's matrix are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Step:
     """A training step on one rank.
 
     batch_size, block_size  B and T of a micro-step.
-    optimizer               "adamw", "muon" or "sgd" with momentum.
-    ranks, zero             the number of ranks; whether they share the optimizer state (ZeRO stage 1).
-    cuda                    whether it runs on a GPU, rather than on the CPU with this number of threads.
+    optimizer               "adamw", "muon", or "sgd" (with momentum).
+    ranks                   the number of ranks.
+    zero                    whether the ranks share the optimizer state (ZeRO stage 1).
+    cuda                    whether the step runs on a GPU.
+    threads                 the number of CPU threads.
     """
 
     config: GPT2Config
@@ -49,7 +52,7 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, the number of rows in a micro-step."""
         return self.batch_size * self.block_size
 
     @property
@@ -63,7 +66,7 @@ class Step:
 
 
 def step_memory(step: Step) -> dict[str, int]:
-    """Bytes per rank, by purpose; their sum is the peak."""
+    """Bytes per rank, by purpose. Their sum is the peak."""
     return {
         **state(step),
         "activations": activations(step),
@@ -74,10 +77,10 @@ def step_memory(step: Step) -> dict[str, int]:
 
 
 def state(step: Step) -> dict[str, int]:
-    """Weights (and their copies in the dtype of the activations), gradients, and the optimizer's moments.
+    """Bytes of weights (with their copies in the dtype of the activations), gradients, and the optimizer's moments.
 
-    AdamW has 2 moments per parameter, SGD 1, Muon 1 per element of a hidden layer's matrix and 2 of other parameters.
-    With ZeRO stage 1 (arXiv:1910.02054) each rank stores a part of them.
+    AdamW has 2 moments per parameter, SGD has 1, and Muon has 1 for the matrices of hidden layers and 2 for other
+    parameters. With ZeRO stage 1 (arXiv:1910.02054), each rank stores a part of the moments.
     """
     P, types = step.config.n_parameters, step.precision
     copies = types.activation_bytes if types.copies else 0
@@ -90,15 +93,17 @@ def state(step: Step) -> dict[str, int]:
 
 
 def activations(step: Step) -> int:
-    """Bytes of the arrays of the forward and the backward pass, without the logits.
+    """Bytes of the arrays of the forward and backward passes, without the logits.
 
-    A block saves 16 arrays: 5 of width C (two sums of the residual stream, their normalizations, attention's result),
-    q k v, and 4 + 4 in the MLP. On the CPU, a wide model recomputes the normalizations and GELU's result: then it saves
-    10. With recompute="block" it saves 2, its inputs, and the others exist for one block.
+    A block saves 16 arrays of width C: 5 for the residual stream (two sums, their normalizations, and the result of
+    attention), 3 for q, k and v, and 4 + 4 for the MLP. On the CPU, a wide model recomputes the normalizations and the
+    result of GELU, so it saves 10. With recompute="block" a block saves only its 2 inputs, and the other arrays exist
+    for one block at a time.
 
-    On the CPU a pool reuses blocks of memory only for the same size (tinygrad2/memory.py), so the peak is the sum of
-    the maximum for each width, even if these maxima occur at different times. On a GPU, CuPy's pool splits blocks, so
-    the peak is the largest total: in the backward pass of the last block's MLP or of the output layer.
+    On the CPU, a pool reuses a memory block only for arrays of the same size (tinygrad2/memory.py), so the peak is the
+    sum of the maximum for each width, even if these maxima occur at different times. On a GPU, CuPy's pool splits
+    memory blocks, so the peak is the largest total, in the backward pass of the last block's MLP or of the output
+    layer.
     """
     L, s = step.config.n_layer, step.precision.activation_bytes
     block, dropped = step.recompute == "block", int(step.dropout)
@@ -118,21 +123,21 @@ def activations(step: Step) -> int:
 
 
 def recomputed(config: GPT2Config, cuda: bool) -> dict[str, int]:
-    """The number of results in a block that its linear layers recompute instead of saving them: "layernorm", "gelu"."""
+    """The number of results, "layernorm" and "gelu", that the linear layers of a block recompute instead of saving."""
     least, C = (CudaBackend if cuda else Backend).recompute_outputs, config.n_embd
     gelu = least <= C and config.activation_function != "gelu"
     return {"layernorm": (least <= 3 * C) + (least <= 4 * C), "gelu": int(gelu)}
 
 
 def _statistics(step: Step) -> int:
-    """Mean and 1 / standard deviation of each row, and attention's log of the sum of exponentials for each head."""
+    """Bytes of the mean and 1 / standard deviation of each row, and of attention's log-sum-exp for each head."""
     layers = 1 if step.recompute == "block" else step.config.n_layer
     itemsize = max(4, step.precision.activation_bytes)
     return (layers * (4 + step.config.n_head) + 2) * step.rows * itemsize
 
 
 def logits(step: Step) -> int:
-    """Bytes of a chunk of logits, which its gradient replaces, and of the gradient of its features."""
+    """Bytes of a chunk of logits, which its gradient overwrites, and of the gradient of the chunk's features."""
     config, s = step.config, step.precision.activation_bytes
     columns = math.ceil(config.vocab_size / ALIGNED) * ALIGNED if step.cuda else config.vocab_size
     rows = math.ceil(step.rows / _chunks(step))
@@ -144,20 +149,19 @@ def _chunks(step: Step) -> int:
 
 
 def head_chunks(config: GPT2Config, rows: int, itemsize: int, head_rows: int | None, cuda: bool) -> int:
-    """The number of chunks in which the logits of a micro-step are computed: see ops.lm_head_gradients."""
+    """The number of chunks in which the logits of a micro-step are computed; see ops.lm_head_gradients."""
     limit = (CudaBackend if cuda else Backend).logits_bytes
     most = head_rows or max(1, int(min(rows, limit / (config.vocab_size * itemsize))))
     return math.ceil(rows / most)
 
 
 def buffers(step: Step) -> int:
-    """Bytes of temporary arrays in kernels, the optimizer, and communication through host memory."""
+    """Bytes of temporary arrays in kernels, in the optimizer, and for communication through host memory."""
     total = _cuda_buffers(step) if step.cuda else _cpu_buffers(step)
     if step.ranks > 1 and not step.cuda:
         total += RECEIVED
-    if (
-        step.optimizer == "muon"
-    ):  # all orthogonalized matrices; a bucket's momentum twice; 4 copies of a matrix per thread
+    # Muon: all orthogonalized matrices, a bucket's momentum twice, and 4 copies of a matrix per thread.
+    if step.optimizer == "muon":
         C = step.config.n_embd
         bucket = min(step.config.n_parameters, max(BUCKET, 4 * C * C))
         threads = 1 if step.cuda else step.threads
@@ -169,8 +173,8 @@ def buffers(step: Step) -> int:
 def _cpu_buffers(step: Step) -> int:
     """Two blocks of scores per thread, and partial gradient sums: two vectors of width C, one of 3 C and one of 4 C.
 
-    In bfloat16 (with oneDNN; without it, float32 copies of a product's matrices are not counted) also two float32
-    arrays with the features of a chunk of logits.
+    In bfloat16, also two float32 arrays with the features of a chunk of logits. (This assumes oneDNN; without it, the
+    float32 copies of a product's matrices are not counted.)
     """
     T, C, s = step.block_size, step.config.n_embd, max(4, step.precision.activation_bytes)
     scores = 2 * step.threads * min(T, QUERY_ROWS if T >= 512 else QUERY_ROWS // 2) * T * s
@@ -179,8 +183,8 @@ def _cpu_buffers(step: Step) -> int:
 
 
 def _cuda_buffers(step: Step) -> int:
-    """cublasLt's workspace, the padded copy of the output layer's matrix, and, if reference.py computes attention
-    (not bfloat16), 4 blocks of scores of all heads."""
+    """cuBLASLt's workspace, and the padded copy of the output layer's matrix. If reference.py computes attention
+    (dtypes other than bfloat16), also 4 blocks of scores of all heads."""
     config, types = step.config, step.precision
     padded = math.ceil(config.vocab_size / ALIGNED) * ALIGNED * config.n_embd * types.activation_bytes
     if types.copies:
@@ -190,23 +194,23 @@ def _cuda_buffers(step: Step) -> int:
 
 
 def pooled(nbytes: int) -> int:
-    """The size of the pool's memory block for an array."""
+    """The size of the memory block that the pool allocates for an array."""
     return nbytes if nbytes < GRANULE else math.ceil(nbytes / GRANULE) * GRANULE
 
 
 def needed(step: Step) -> int:
-    """The bytes needed for a step on one rank."""
+    """The number of bytes that a step needs on one rank."""
     return sum(step_memory(step).values())
 
 
 def describe_need(step: Step) -> str:
-    """The memory of a step in one line."""
+    """Describe the memory of a step in one line."""
     parts = " + ".join(f"{value / 1e9:.2f} {name}" for name, value in step_memory(step).items())
     return f"{step.batch_size} sequences of {step.block_size} tokens need {parts} = {needed(step) / 1e9:.2f} GB"
 
 
 def largest_batch(step: Step, available: float) -> int:
-    """The largest batch_size for which `available` bytes suffice, by bisection; 0 if none does."""
+    """The largest batch_size for which `available` bytes are sufficient, found by bisection; 0 if there is none."""
 
     def fits(batch_size: int) -> bool:
         return needed(replace(step, batch_size=batch_size)) <= available

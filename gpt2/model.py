@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from gpt2.config import RECOMPUTE, GPT2Config, is_matrix
 from gpt2.formats import huggingface, model_file
 from gpt2.generate import Ends, Sampling, complete
-from gpt2.language_model import Cache
+from gpt2.language_model import Cache, LanguageModel
 from gpt2.trace import trace as trace_model
 from tinygrad2 import Key, Tensor, nn, ops, recompute
 from tinygrad2.array import Array
@@ -33,7 +33,7 @@ class _Placement(TypedDict):
 
 
 class _Init:
-    """Makes initializers: normal(0, std) drawn from the seed, or zeros (seed None) where weights will be loaded."""
+    """Creates initializers: normal(0, std), or zeros if the seed is None, for weights that will be loaded."""
 
     def __init__(self, seed: int | None):
         self.seed = seed
@@ -85,8 +85,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The residual stream is x + delta, on input and on output: each addition is fused with the LayerNorm
-    that reads the sum."""
+    """One transformer block. Input and output are a pair (x, delta), and the residual stream is x + delta: the addition
+    is fused with the LayerNorm that follows it."""
 
     def __init__(self, config: GPT2Config, init: _Init, **placement: Unpack[_Placement]):
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, **placement)
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return x, self.mlp(h, key, site + 2)
 
     def recomputable(self, key: Key | None, site: int, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """__call__ without a cache, with the tensors as the last arguments, as `recompute` passes them."""
+        """__call__ without a cache. The tensors are the last arguments, as `recompute` requires."""
         return self(x, delta, key, site, None)
 
 
@@ -112,18 +112,18 @@ class GPT2(nn.Module):
 
     config  the sizes and dropout rates.
     seed    the seed of the initial weights: normal(0, 0.02), with the two projections of each block onto the residual
-            stream scaled by 1 / sqrt(2 n_layer). None leaves them zero, for weights that are loaded afterwards.
-    device  where the parameters are: "cpu", "cuda", or "auto" (a GPU if there is one).
+            stream scaled by 1 / sqrt(2 n_layer). None initializes them to zero, for weights that are loaded later.
+    device  the device of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
     dtype   the precision, or its name: "float32" for training, "float64" for checks, "bfloat16" (activations, and
             copies of the weights; the parameters themselves, their gradients and all sums stay float32), on a GPU also
             "tf32" (float32, with faster and less precise matrix products), and on a CPU also "bfloat16_weights"
-            (matrices in bfloat16, which generate faster: half as many bytes are read for each token).
+            (matrices in bfloat16, for faster generation: half as many bytes are read for each token).
 
-    Two options save memory in training, at the cost of time: recompute="block" saves only the inputs of each block and
-    recomputes the block in the backward pass; head_rows computes that many rows of the logits at a time.
+    Two options reduce the memory of training, at the cost of time: recompute="block" saves only the inputs of each
+    block and recomputes the block in the backward pass; head_rows limits how many rows of logits exist at a time.
     """
 
-    fused_decode = False  # generate a token in one kernel launch, on a GPU: see gpt2/decode.py
+    fused_decode = False  # on a GPU, generate each token with one kernel launch; see gpt2/decode.py
 
     def __init__(
         self,
@@ -142,8 +142,8 @@ class GPT2(nn.Module):
             raise ValueError(f"GPT2: {reason}")
         placement: _Placement = {"device": device, "precision": self.precision}
         init, std = _Init(seed), config.initializer_range
-        # In the reverse of the order in which the backward pass finishes the gradients (see ParameterArena). That of
-        # wte, which both the first and the last layer use, is final last.
+        # The layers are created in the reverse of the order in which the backward pass completes their gradients (see
+        # ParameterArena). The first and the last layer both use wte, so its gradient is complete last.
         self.wte = nn.Embedding(config.vocab_size, config.n_embd, init=init.weight(std), **placement)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd, init=init.weight(std), **placement)
         self.h = [Block(config, init, **placement) for _ in range(config.n_layer)]
@@ -154,7 +154,7 @@ class GPT2(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """The backend of the parameters, which computes the model."""
+        """The backend of the parameters, on which the model runs."""
         return self.wte.weight.backend
 
     def features(self, tokens: ArrayLike, key: Key | None = None, cache: Cache | None = None) -> Tensor:
@@ -206,11 +206,12 @@ class GPT2(nn.Module):
         return ops.lm_head(x, self.wte.weight, targets, self.head_rows, tf32)
 
     def backward(self, tokens: ArrayLike, targets: ArrayLike, key: Key | None = None, dloss: float = 1.0) -> Array:
-        """loss(tokens, targets, key).backward(dloss), with less memory for the logits. Returns the loss."""
-        if getattr(self.loss, "__func__", None) is not _LOSS:  # replaced, for example in a subclass
-            loss = self.loss(tokens, targets, key)
-            loss.backward(dloss)
-            return loss.data
+        """loss(tokens, targets, key).backward(dloss), with less memory for the logits. Returns the loss.
+
+        If `loss` is overridden, in a subclass or on the instance, this is LanguageModel.backward.
+        """
+        if type(self).loss is not GPT2.loss or "loss" in vars(self):
+            return LanguageModel.backward(self, tokens, targets, key, dloss)
         tf32 = self.precision.tf32
         return ops.lm_head_gradients(self.features(tokens, key), self.wte.weight, targets, dloss, self.head_rows, tf32)
 
@@ -220,13 +221,13 @@ class GPT2(nn.Module):
         return [(2, batch, c.n_head, capacity, c.head_size)] * c.n_layer
 
     def hidden_matrices(self) -> dict[str, int]:
-        """The names of the blocks' matrices, and how many each contains: 3 for queries, keys and values, else 1."""
+        """The names of the blocks' weights, and the number of matrices in each: 3 in c_attn (q, k, v), otherwise 1."""
         return {name: 3 if "c_attn" in name else 1 for name, _ in self.named_parameters() if is_matrix(name)}
 
     def generate(
         self, tokens: Sequence[int], max_tokens: int, stop: Ends = None, **sampling: Unpack[Sampling]
     ) -> list[list[int]]:
-        """Continue `tokens` (ids). Returns the new ids of each sample. See gpt2.generate.complete."""
+        """Continue `tokens`, a list of ids. Returns the new ids of each sample. See gpt2.generate.complete."""
         return complete(self, tokens, max_tokens, stop, **sampling)
 
     trace = trace_model  # model.trace(tokens): every layer's activations and attention weights; see gpt2.trace.trace
@@ -234,10 +235,10 @@ class GPT2(nn.Module):
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
         """Load a model from a folder in the Hugging Face layout (config.json and model.safetensors), or from any other
-        file or folder that gpt2.formats reads. With bfloat16 on a CPU it can generate but not train; see `to_generate`.
+        file or folder that gpt2.formats reads. With bfloat16 on a CPU it cannot be trained; see `to_generate`.
 
-        Raises ValueError if a tensor is missing, unexpected, or of another shape, and FileNotFoundError if a file is
-        missing. The message names it.
+        Raises ValueError if a tensor is missing, unexpected, or has the wrong shape, and FileNotFoundError if a file is
+        missing. The message names the tensor or the file.
         """
         precision = to_generate(dtype, get_backend(device))
         model = GPT2(model_file.load_config(path), seed=None, device=device, dtype=precision)
@@ -249,12 +250,9 @@ class GPT2(nn.Module):
         huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
 
 
-_LOSS = GPT2.loss
-
-
 def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
-    """The precision of this name to generate and to evaluate in: on a CPU, where reading the weights takes most of the
-    time, "bfloat16" means weights in bfloat16 and activations in float32."""
+    """The precision for generation and evaluation. On a CPU, "bfloat16" means weights in bfloat16 and activations in
+    float32, because reading the weights takes most of the time."""
     precision = Precision.of(dtype)
     weights_only = precision == BFLOAT16 and not backend.unsupported_reason(BFLOAT16_WEIGHTS)
     return BFLOAT16_WEIGHTS if weights_only else precision

@@ -1,6 +1,6 @@
-"""A page in one HTML file with its style, script and data. It needs no server, network or library.
+"""Builds a page as a single HTML file with its style, script and data. It needs no server, network or library.
 
-A Content-Security-Policy allows only the page's own style and script, by their hashes, so no text in the page can be
+A Content-Security-Policy allows only the page's own style and script, by their hashes, so text in the page cannot be
 executed.
 """
 
@@ -39,24 +39,24 @@ def page(
     """A complete HTML document.
 
     title    plain text.
-    body     markup, in which all external text is escaped.
-    style    CSS, added after pages/page.css (colours, fonts and tables).
-    data     the contents of the element #data, as JSON, for the script.
-    refresh  seconds after which the browser reloads the page; None for never.
-    live     whether the page is served by gpt2.serve, so that its script may send requests to the server.
+    body     HTML; the caller escapes all external text.
+    style    CSS, appended to pages/page.css (colours, fonts and tables).
+    data     data for the script, stored as JSON in the element #data.
+    refresh  the number of seconds after which the browser reloads the page; None for never.
+    live     whether gpt2.serve serves the page, so that its script may send requests to the server.
     """
     style = resource("page.css") + style
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
     policy = "default-src 'none'; img-src data:; style-src 'sha256-{}'; script-src 'sha256-{}'".format(*hashes)
     policy += "; connect-src 'self'; form-action 'none'; base-uri 'none'" if live else ""
-    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">'
+    reload = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">'
     written = f"Written by tinygrad2 on {time.strftime('%Y-%m-%d at %H:%M:%S')}. It loads nothing from the network."
-    footer = "Served by tinygrad2 on this machine. The page sends no request to any other." if live else written
+    footer = "Served by tinygrad2 on this machine. The page sends no requests to other machines." if live else written
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'{again}<link rel="icon" href="data:,">'
+        f'{reload}<link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}"
         f"<footer>{footer}</footer></main>{'' if data is None else data_block(data)}<script>{script}</script></body>"
         "</html>\n"
@@ -64,7 +64,8 @@ def page(
 
 
 def data_block(data: JsonObject) -> str:
-    """The element #data with `data` as JSON. It is not executed, and contains no "<" that could end it early."""
+    """The element #data, which contains `data` as JSON. It is not executed, and "<" is escaped so that the data cannot
+    close the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="data">{text}</script>'
 
@@ -76,5 +77,5 @@ def write(text: str, file: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which could change the page, replaced by U+FFFD."""
+    """The text, in which control characters, which could affect the page, are replaced by U+FFFD."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -1,13 +1,14 @@
-"""Compare the model with PyTorch's: activations, loss and gradients of one training step, and greedy text.
+"""Compare the model with PyTorch's: activations, loss and gradients of one training step, and greedily generated text.
 
 The results are named arrays, in the order of computation:
 
-    tokens             (B, T + 1) ids: the first T are the input, the last T the targets
+    tokens             (B, T + 1) ids: the first T are the inputs, the last T the targets
     activation.NAME    the residual stream (B, T, C): after the embedding (`embedding`), after attention and after the
                        MLP of each layer (`h.0.attn`, `h.0.mlp`), and after the last LayerNorm (`ln_f`)
-    logits, loss       (B, T, V), and the mean cross-entropy
+    logits             (B, T, V)
+    loss               the mean cross-entropy
     gradient.NAME      the gradient of each parameter, in the order in which the backward pass completes them
-    text               the greedy continuation of half a row of tokens, as ids
+    text               the ids of the greedy continuation of half a row of tokens
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
 BATCH, LENGTH, NEW = 2, 64, 24  # sequences, tokens per sequence, new tokens; fewer if the context is shorter
 
-# The largest error that rounding can explain, by dtype. For activations, logits and the loss it is relative to the
-# largest value. For gradients it is |a - b| / |b| over the whole tensor, since an elementwise error would be
-# meaningless where the true gradient is zero. (A constant added to every key shifts all scores of a row equally, so the
-# gradient of the key bias is rounding noise.)
+# The largest error that rounding can explain, by dtype. For activations, logits and the loss, the error is relative to
+# the largest value. For gradients it is |a - b| / |b| with norms over the entire tensor, since an elementwise error
+# would be meaningless where the true gradient is zero. (Adding a constant to every key shifts all scores of a row
+# equally, so the gradient of the key bias is rounding noise.)
 BOUNDS = {
     "float32": {"activation": 2e-5, "logits": 2e-5, "loss": 1e-5, "gradient": 1e-4},
     "float64": {"activation": 1e-12, "logits": 1e-12, "loss": 1e-12, "gradient": 1e-11},
@@ -45,7 +46,11 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """The largest absolute error of one result, and its relative error, which must be within the bound (see BOUNDS)."""
+    """The error of one result.
+
+    largest   the largest absolute error.
+    relative  the relative error, which must not exceed `bound` (see BOUNDS).
+    """
 
     name: str
     largest: float
@@ -58,16 +63,16 @@ class Row:
 
 
 def random_model(config: GPT2Config, seed: int, device: str = "cpu", dtype: str = "float32") -> GPT2:
-    """A model in which every parameter affects the results: random gains and biases, matrices that preserve the size of
-    the activations, and queries and keys so large that attention is far from uniform.
+    """A model in which every parameter affects the results. It has random gains and biases, matrices that preserve the
+    size of the activations, and queries and keys that are large enough to make attention far from uniform.
 
-    The weights are scaled uniform random numbers. Normal ones require a logarithm, whose last bit may differ between
-    machines.
+    The weights are scaled uniform random numbers, because normal random numbers require a logarithm, whose last bit may
+    differ between machines.
     """
     model = GPT2(config, seed=None, device=device, dtype=dtype)
     random = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
-        values = (2 * random.random(parameter.shape) - 1) * math.sqrt(3)  # of variance 1
+        values = (2 * random.random(parameter.shape) - 1) * math.sqrt(3)  # with variance 1
         if parameter.ndim == 1:
             scale, shift = 0.2, 1.0 if ".weight" in name else 0.0
         elif name in ("wte.weight", "wpe.weight"):
@@ -85,13 +90,13 @@ def random_tokens(config: GPT2Config, seed: int) -> np.ndarray:
 
 
 def _prompt(tokens: np.ndarray, n_positions: int) -> tuple[np.ndarray, int]:
-    """The prompt's ids, and the number of tokens to generate; the last of them is never an input."""
+    """The ids of the prompt, and the number of tokens to generate. The last generated token is never an input."""
     prompt = tokens[0, : max(1, (tokens.shape[1] - 1) // 2)]
     return prompt, min(NEW, n_positions - len(prompt) + 1)
 
 
 def fingerprint(model: GPT2) -> str:
-    """SHA-256 (hex) of the parameters' bytes."""
+    """The SHA-256 hash of the parameters' bytes, in hexadecimal."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
         sha.update(np.ascontiguousarray(parameter.numpy()).data)
@@ -99,7 +104,7 @@ def fingerprint(model: GPT2) -> str:
 
 
 def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The activations of this engine's model. Calls its blocks in order, as `features` does."""
+    """The activations of this engine's model. The blocks are called in order, as in `features`."""
     with no_grad():
         x = ops.embedding(tokens, model.wte.weight, model.wpe.weight)
         found, delta = {"embedding": x.numpy()}, None
@@ -111,10 +116,11 @@ def engine_activations(model: GPT2, tokens: np.ndarray) -> dict[str, np.ndarray]
 
 
 def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Row], bool]:
-    """Returns a row for each result except the text, in the order of computation, and whether the text is the same.
+    """Compare the model's results with the expected results, in the order of computation. Returns a row for each result
+    except the text, and whether the text is the same.
 
-    expected  returns the result of `torch_results` with this name, for the same weights.
-    Raises ValueError if its shapes differ from the model's.
+    expected  a function that returns the result of `torch_results` with a given name, for the same weights.
+    Raises ValueError if a shape differs from the model's.
     """
     bounds = BOUNDS[model.precision.parameters]
     rows = []
@@ -122,7 +128,7 @@ def compare(model: GPT2, expected: Callable[[str], np.ndarray]) -> tuple[list[Ro
     def add(name: str, ours: np.ndarray) -> None:
         theirs = expected(name)
         if theirs.shape != ours.shape:
-            raise ValueError(f"the reference has {name} of shape {theirs.shape}; this model computes {ours.shape}")
+            raise ValueError(f"the reference's {name} has shape {theirs.shape}; this model's has {ours.shape}")
         kind = name.split(".")[0]
         norm = np.linalg.norm if kind == "gradient" else _largest
         theirs = theirs.astype(np.float64).reshape(-1)
@@ -150,14 +156,14 @@ def _largest(values: np.ndarray) -> float:
 
 
 def torch_model(source: str | Path) -> transformers.GPT2LMHeadModel:
-    """transformers' model from a folder or by name. Raises ValueError with one line if it cannot be loaded."""
+    """Load the transformers model in a folder or with a name. Raises ValueError if it cannot be loaded."""
     try:
         import torch  # noqa: F401  (transformers can be imported without it)
         import transformers
     except ImportError as error:
         raise ValueError(
             f"{error.name} is not installed; use {install_command('parity')}, or --against FILE with a file that "
-            f"--record FILE has written on a machine where it is installed"
+            f"--record FILE wrote on a machine where it is installed"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -176,7 +182,7 @@ def torch_versions() -> str:
 
 
 def torch_results(model: transformers.GPT2LMHeadModel, tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """The reference: the results of a transformers model in `dtype`, on the CPU."""
+    """The reference results: those of a transformers model in `dtype`, on the CPU."""
     import torch
 
     model = model.to(getattr(torch, dtype))

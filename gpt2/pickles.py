@@ -1,12 +1,13 @@
-"""A pickle reader that executes nothing. (A file can make Python's unpickler call any function.)
+"""A pickle reader that does not execute code. (A file can make Python's unpickler call any function.)
 
-A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, text and numbers.
-A subclass of `Meanings` defines the names that a program refers to, the calls that it makes and the objects that it
-stores elsewhere; by default, each is an error.
+A pickle is a program. `interpret` implements the opcodes for plain data: dictionaries, lists, tuples, strings and
+numbers. A subclass of `Meanings` defines the names that a program refers to, the calls that it makes, and the objects
+that are stored outside the pickle. By default, each of these is an error.
 
-The time and the memory are bounded: by the size of the program and the number of its opcodes; by restricting
-keys to those whose hashes a file cannot make collide; and by counting every occurrence of an object in the result,
-since a small program can describe a tuple of two references to a tuple of two references, and so on.
+Time and memory are bounded in three ways: the size of the program and the number of its opcodes are limited; the keys
+of dictionaries are restricted, so that a file cannot make their hashes collide; and every occurrence of an object in
+the result is counted, since a small program can describe a tuple of two references to a tuple of two references, and so
+on.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL's, with its optimizer, has less than 1 MB
-OPCODE_LIMIT = 1 << 18  # opcodes of a pickle; GPT-2 XL's, with its optimizer, has less than 100,000
+PICKLE_LIMIT = 2 << 20  # bytes of a pickle; GPT-2 XL with its optimizer has less than 1 MB
+OPCODE_LIMIT = 1 << 18  # opcodes of a pickle; GPT-2 XL with its optimizer has fewer than 100,000
 OBJECT_LIMIT = 1 << 20  # objects in the result, each counted once per occurrence
 DEPTH_LIMIT = 100  # nested containers
-KEY_LIMIT = 1 << 31  # upper bound for integer keys: larger ones can be chosen so that their hashes collide
+KEY_LIMIT = 1 << 31  # upper bound for integer keys, since larger integers can be chosen so that their hashes collide
 
 
 class Meanings:
-    """Defines the meaning of a program's names, calls, attributes and references to stored objects. Here, all of them
-    are errors."""
+    """Defines the meaning of a program's names, calls, attributes and references to stored objects. In this base class,
+    all of them are errors."""
 
     def name(self, text: str) -> object:
-        """The object that stands for a name, such as `collections.OrderedDict`."""
+        """The object that represents a name, such as `collections.OrderedDict`."""
         raise ValueError(f"its pickle refers to {text[:200]}, which is not plain data; the file is rejected")
 
     def call(self, function: object, arguments: object) -> object:
@@ -51,7 +52,8 @@ class Meanings:
 
 
 def read_plain(file: Path) -> object:
-    """The plain data in a file that `pickle.dump` wrote. Raises ValueError, naming the file, for anything else."""
+    """Read the plain data in a file that `pickle.dump` wrote. Raises ValueError, which names the file, for anything
+    else."""
     size = file.stat().st_size
     try:
         if size > PICKLE_LIMIT:
@@ -62,7 +64,8 @@ def read_plain(file: Path) -> object:
 
 
 def interpret(program: io.BytesIO, meanings: Meanings) -> Any:
-    """The object that a pickle describes. Moves the position of `program` past it. Raises ValueError."""
+    """The object that a pickle describes. The position of `program` is moved past the pickle. Raises ValueError if the
+    pickle is damaged or contains anything else than plain data."""
     machine = _Machine(program.getvalue(), program.tell(), meanings)
     try:
         result = machine.run()
@@ -126,7 +129,7 @@ class _Machine:
     def stack_global(self) -> object:
         attribute, module = self.stack.pop(), self.stack.pop()
         if type(module) is not str or type(attribute) is not str:
-            raise ValueError("its pickle is damaged: a name in it is not text")
+            raise ValueError("its pickle is damaged: a name in it is not a string")
         return self.meanings.name(f"{module}.{attribute}")
 
     def append(self, items: list[object]) -> None:
@@ -138,7 +141,7 @@ class _Machine:
     def set_items(self, items: list[object]) -> None:
         target, keys, values = self.stack[-1], items[::2], items[1::2]
         if type(target) is not dict or len(keys) != len(values) or not all(map(_is_key, keys)):
-            raise ValueError("its pickle is damaged: expected a dictionary whose keys are text or small integers")
+            raise ValueError("its pickle is damaged: expected a dictionary whose keys are strings or small integers")
         target.update(zip(keys, values, strict=True))
 
     def remember(self, number: int) -> None:
@@ -160,7 +163,7 @@ def _is_key(key: object) -> bool:
 def _check_size(result: object, meanings: Meanings) -> None:
     """Raise ValueError if the result is nested too deeply or contains too many objects, counting every occurrence.
     (No operation before this check takes time that depends on the contents of an object.)"""
-    sizes: dict[int, int] = {}  # of containers, by their identity
+    sizes: dict[int, int] = {}  # the sizes of containers, by id()
 
     def size(value: object, depth: int) -> int:
         if (known := sizes.get(id(value))) is not None:

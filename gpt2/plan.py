@@ -1,7 +1,7 @@
-"""Memory and time of a training run before it starts: `python -m gpt2.plan --preset gpt2 --device h200 --ranks 8`.
+"""Estimate the memory and time of a training run: `python -m gpt2.plan --preset gpt2 --device h200 --ranks 8`.
 
-memory_model.py computes the memory, and cost_model.py the time: for a GPU from its data sheet, for this machine's CPU
-from rates measured in a second or two. Options are those of train.py, with the same defaults.
+memory_model.py computes the memory, and cost_model.py the time. The rates of a GPU are from its data sheet; those of
+this machine's CPU are measured in a second or two. The options are those of train.py, with the same defaults.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ GROUPS = {
     "sets of options": ("recipe",),
 }
 THIS_MACHINE = ("auto", "cpu", "cuda")
-MODELS = {name.lower().replace(" ", "-"): name for name in CARDS}  # GPUs, under the names that --device accepts
+MODELS = {name.lower().replace(" ", "-"): name for name in CARDS}  # GPUs by the name that --device accepts
 
 
 @dataclass(frozen=True)
 class Row:
-    """The kernels that share a line: calls, seconds, FLOPs and bytes per step and rank."""
+    """One line of the table of times, for a family of kernels: calls, seconds, FLOPs and bytes per step and rank."""
 
     calls: int
     seconds: float
@@ -49,12 +49,15 @@ class Plan:
     """A planned run.
 
     step             a micro-step of one rank.
-    micro_steps      per step.
-    tokens           of the whole run.
-    largest_batch    the largest --batch-size that fits, 0 if none does.
-    dividing         the largest such value that divides the tokens per step, 0 if none does.
+    micro_steps      micro-steps per step.
+    tokens           tokens in the entire run.
+    largest_batch    the largest --batch-size that fits; 0 if none fits.
+    dividing         the largest --batch-size that fits and divides the tokens per step evenly; 0 if there is none.
     rows             the kernels of a step by family.
-    python, seconds  the part of a step in which only Python runs, and the whole step.
+    communication    the communication per step.
+    python           seconds per step in which only Python runs.
+    seconds          seconds per step.
+    peak             the device's peak FLOP/s, or None if unknown.
     """
 
     step: Step
@@ -94,7 +97,7 @@ class Plan:
 
 
 def make_plan(step: Step, device: Device, total_batch_size: int, tokens: int) -> Plan:
-    """Plan a run on `tokens` tokens, with total_batch_size tokens per step."""
+    """Plan a run over `tokens` tokens, with total_batch_size tokens per step."""
     micro_steps = total_batch_size // (step.rows * step.ranks)
     shards = step.ranks if step.zero else 1
     once = cost_model.micro_step(
@@ -169,9 +172,10 @@ def _label(kernel: Kernel) -> str:
 
 
 def find_device(name: str) -> tuple[str, float | None]:
-    """The name of the device ("cpu" or a name in CARDS), and the memory of this machine's GPU if that is selected.
+    """The name of the device ("cpu" or a name in CARDS), and the memory of this machine's GPU if it is selected,
+    otherwise None.
 
-    Raises UsageError for an unknown name, ValueError if there is no such device or its rates are unknown.
+    Raises UsageError if the name is unknown, and ValueError if the device does not exist or its rates are unknown.
     """
     if name in MODELS:
         return MODELS[name], None
@@ -184,7 +188,7 @@ def find_device(name: str) -> tuple[str, float | None]:
     gpu, memory = backend.cuda.gpu_name(), backend.memory()
     found = find_gpu(gpu, CARDS)
     if found is None:
-        raise ValueError(f"the rates of the GPU {gpu} are unknown; pass a similar one, such as --device h100")
+        raise ValueError(f"the rates of the GPU {gpu} are unknown; pass a similar GPU, such as --device h100")
     return found, None if memory is None else memory[1]
 
 
@@ -251,21 +255,21 @@ def _times(plan: Plan) -> list[str]:
 
 
 def _fit(plan: Plan) -> list[str]:
-    """The device's memory, whether the step fits, and other batch sizes that do."""
+    """The device's memory, whether the step fits in it, and other batch sizes that fit."""
     memory, batch = plan.device.memory, plan.step.batch_size
     if memory is None:
         return []
     fits = needed(plan.step) <= memory
     if not plan.largest_batch:
-        text = "it does not fit, nor does --batch-size 1; see --recompute block, --head-rows, --zero"
+        text = "too small, even for --batch-size 1; see --recompute block, --head-rows, --zero"
     elif not fits:
-        text = f"it does not fit; --batch-size {plan.largest_batch:,} or less does"
+        text = f"too small; --batch-size {plan.largest_batch:,} or less fits"
     else:
-        text = f"it fits, and so does any --batch-size up to {plan.largest_batch:,}"
+        text = f"sufficient for any --batch-size up to {plan.largest_batch:,}"
     if plan.dividing and (not fits or plan.dividing > batch):
         micro_steps = plan.step_tokens // (plan.dividing * plan.step.block_size * plan.step.ranks)
         unit = "micro-step" if micro_steps == 1 else "micro-steps"
-        text += f" ({plan.dividing:,} takes the same tokens per step in {micro_steps:,} {unit})"
+        text += f" ({plan.dividing:,} processes the same tokens per step in {micro_steps:,} {unit})"
     return [f"  {'available':<22}{memory / 1e9:10.3f}  {text}"]
 
 
@@ -274,11 +278,11 @@ def _busy(load: float, cores: int) -> list[str]:
     if load <= cores / 2:
         return []
     return [f"load       other programs use the cores (load average {load:.1f} on {cores}): the rates are too low; "
-            "plan again when they have ended"]  # fmt: skip
+            "plan again when those programs have finished"]  # fmt: skip
 
 
 def as_json(plan: Plan) -> str:
-    """The plan as one JSON object: bytes, seconds, FLOPs."""
+    """The plan as a JSON object, in bytes, seconds and FLOPs."""
     return json.dumps(
         {
             "parameters": plan.step.config.n_parameters,
@@ -314,16 +318,20 @@ def command_line() -> Parser:
     parser = Parser("python -m gpt2.plan", "Estimate the memory and time of a training run before it starts.")
     own = parser.add_argument_group("device and length")
     devices = ", ".join([*THIS_MACHINE, *MODELS])
-    own.add_argument("--device", metavar="NAME", default="auto", help=f"a device of this machine, or a GPU: {devices}")
-    own.add_argument("--ranks", metavar="N", type=int, default=1, help="processes, each with its own GPU or machine")
+    own.add_argument(
+        "--device", metavar="NAME", default="auto", help=f"a device of this machine, or a GPU model: {devices}"
+    )
+    own.add_argument(
+        "--ranks", metavar="N", type=int, default=1, help="number of processes, each with its own GPU or machine"
+    )
     own.add_argument(
         "--link",
         metavar="GB/S",
         type=float,
-        help="bandwidth between neighbouring ranks, each way [default: NVLink or PCIe, 400 Gbit/s per GPU beyond 8 "
-        "ranks; for CPUs 10 Gbit/s]",
+        help="bandwidth between neighbouring ranks in each direction [default: NVLink or PCIe, 400 Gbit/s per GPU "
+        "for more than 8 ranks, and 10 Gbit/s for CPUs]",
     )
-    own.add_argument("--tokens", metavar="N", type=int, help="tokens to train on [default: from --max-iters]")
+    own.add_argument("--tokens", metavar="N", type=int, help="number of tokens to train on [default: from --max-iters]")
     own.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     for title, names in GROUPS.items():
         add_options(parser.add_argument_group(title), names)
@@ -331,11 +339,12 @@ def command_line() -> Parser:
 
 
 def plan_of(given: OptionValues, device: str, ranks: int, tokens: int | None, link: float | None) -> Plan:
-    """Plan the run of train.py with these options and this number of ranks.
+    """Plan a run of train.py with these options and this number of ranks.
 
-    link  GB/s between neighbouring ranks, or None for the device's.
+    link  GB/s between neighbouring ranks, or None for the rate of the device.
 
-    Raises UsageError for an invalid option, ValueError if the device is unavailable or does not support the precision.
+    Raises UsageError for an invalid option, and ValueError if the device is unavailable or does not support the
+    precision.
     """
     for flag, value in (("--ranks", ranks), ("--tokens", tokens), ("--link", link)):
         if value is not None and not 0 < value < 1e18:

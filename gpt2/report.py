@@ -1,9 +1,9 @@
 """The report of a run, out/report.html: a single HTML file that needs no server, network or library.
 
 `python -m gpt2.report OUT` rewrites the report of a run; `python -m gpt2.report OUT1 OUT2 ...` compares runs. A curve
-has at most BINS points, each the mean of the values in its interval of the axis. The table below a chart contains the
-same values, and the readout at the pointer comes from it. All text is escaped, and the page's Content-Security-Policy
-(see page.py) forbids every script but its own, so no sample can be executed.
+has at most BINS points, each of which is the mean of the values in an interval of the axis. The table below a chart
+contains the same values, and the readout at the pointer shows a row of it. All text is escaped, and the page's
+Content-Security-Policy (see page.py) forbids all scripts but its own, so text in a sample cannot be executed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tinygrad2.checkpoint import JsonObject
 REPORT, COMPARISON = "report.html", "comparison.html"
 BINS, DOTS = 200, 40  # maximum number of points per curve; up to DOTS points are marked with dots
 SAMPLES_SHOWN = 20
-COLOURS = 8  # the number of colours in the style sheet; further curves repeat them, dashed
-SHARE = 0.01  # maximum fraction of a run's time to spend on its report
-REFRESH = 30  # seconds after which a browser reloads the page of a run in progress
+COLOURS = 8  # the number of colours in the style sheet; further curves reuse them with dashed lines
+SHARE = 0.01  # maximum fraction of a run's time that is spent on its report
+REFRESH = 30  # seconds after which a browser reloads the page of a running run
 
 LABELS = {
     "loss": "Training loss, nats per token",
@@ -42,7 +42,7 @@ LABELS = {
     "comm_seconds": "Seconds per step spent waiting for other ranks",
     "mfu": "Model FLOP utilization (MFU), as a fraction of the device's peak",
 }
-NOT_DRAWN = ("step", "seconds", "tokens")  # numbers in the log without a chart
+NOT_DRAWN = ("step", "seconds", "tokens")  # numbers in the log that have no chart
 
 
 @dataclass
@@ -56,28 +56,28 @@ class Run:
 
     @staticmethod
     def load(out: Path) -> Run:
-        """Raises FileNotFoundError if the folder is not the out-dir of a run."""
+        """Read the files in an out-dir. Raises FileNotFoundError if the folder is not the out-dir of a run."""
         if not (out / LOG).is_file():
             raise FileNotFoundError(f"{out}: no {LOG} in this folder; expected the out-dir of a train.py run")
         return Run(str(out), *(read_log(out / name) for name in (LOG, SAMPLES, STARTS)))
 
     def started(self, part: str) -> JsonObject:
-        """A part of the record of the last start: given, options, model, data or machine."""
+        """A part of the record of the last start: "given", "options", "model", "data" or "machine"."""
         value = self.starts[-1].get(part) if self.starts else None
         return value if isinstance(value, dict) else {}
 
     def values(self, key: str, x: str = "step") -> list[tuple[float, float]]:
-        """(x, value) of every row in which both are finite numbers."""
-        first = self.starts[:1] if key == "val_loss" and x == "step" else []  # the loss before the first step
+        """The (x, value) pairs of all rows in which both are finite numbers."""
+        first = self.starts[:1] if key == "val_loss" and x == "step" else []  # has the loss before the first step
         pairs = ((row.get(x), row.get(key)) for row in [*first, *self.rows])
         return [(float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b)]
 
     def others(self) -> list[str]:
-        """The keys of the numbers in the log except the losses: first those in LABELS, then the others by name."""
+        """The keys of all numbers in the log except the losses: first those in LABELS, then the others by name."""
         found = {key for row in self.rows for key, value in row.items() if is_number(value)}
         found -= {"loss", "val_loss", *NOT_DRAWN}
         if not any(seconds for _, seconds in self.values("comm_seconds")):
-            found.discard("comm_seconds")  # a single process
+            found.discard("comm_seconds")  # there is only one rank
         return [*(key for key in LABELS if key in found), *sorted(found - LABELS.keys())]
 
     @property
@@ -91,17 +91,18 @@ class Run:
         return {name: y for name, y in found.items() if is_number(y)} if isinstance(found, dict) else {}
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """A loss in nats per token as bits per byte of the validation text; None if its bytes are not recorded."""
+        """A loss in nats per token, converted to bits per byte of the validation text; None if the number of bytes is
+        not recorded."""
         size = self.started("data").get("bytes per token")
         return loss / (math.log(2) * size) if is_number(size) and size > 0 else None
 
     def tokenizer(self) -> object:
-        """The identity of the tokenizer: its fingerprint, or its name in records of earlier versions."""
+        """The identity of the tokenizer: its fingerprint, or in records of earlier versions its name."""
         data = self.started("data")
         return data.get("tokenizer fingerprint", data.get("tokenizer"))
 
     def best(self) -> tuple[float, float] | None:
-        """The (step, loss) of the lowest validation loss."""
+        """The step and the value of the lowest validation loss."""
         trained = (point for point in self.values("val_loss") if point[0] > 0)
         return min(trained, key=lambda point: point[1], default=None)
 
@@ -162,7 +163,7 @@ class Axis:
 
     @staticmethod
     def over(values: Iterable[float], log: bool = False, from_zero: bool = False, margin: float = 0.0) -> Axis:
-        """The axis for these values. It is linear if a value is not positive."""
+        """The axis that covers these values. It is linear if any value is not positive."""
         low, high = min(values := list(values)), max(values)
         log = log and low > 1e-100
         if from_zero and low > 0 and not log:
@@ -189,10 +190,10 @@ class Axis:
 
 @dataclass
 class Curve:
-    """A named curve: its points and its colour, by number.
+    """A named curve: its points and the number of its colour.
 
-    spread  whether to show the spread of each bin.
-    level   whether it is a constant, drawn as a dashed line from the first point to the last.
+    spread  whether to show the range of values in each bin.
+    level   whether the curve is constant; it is drawn as a dashed line from the first point to the last.
     """
 
     name: str
@@ -242,14 +243,14 @@ def chart(
     from_zero: bool = False,
     kind: str = "",
 ) -> str:
-    """A figure: title, legend, chart, the values at the pointer, and a table of the values.
+    """A figure: the title, the legend, the chart, the values at the pointer, and a table of the values.
 
-    The chart scales with the page: the curves are in a box of 1000 x 1000 units, which is scaled without changing line
-    widths; the labels are positioned by percentages, so that their size does not change.
+    The chart scales with the page. The curves are in a box of 1000 x 1000 units, which is scaled without changing the
+    line widths. The labels are positioned by percentages, so their size does not change.
     """
     curves = [curve for curve in curves if curve.points]
     if len({x for curve in curves if not curve.level for x, _ in curve.points}) < 2:
-        return ""  # nothing to see
+        return ""  # there is nothing to draw
     x_axis = Axis.over([x for curve in curves for x, _ in curve.points], log_x)
     drawn = [binned(curve.points, x_axis) for curve in curves]
     pairs = [(curve, group) for curve, bins in zip(curves, drawn, strict=True) for group in bins.values()]
@@ -312,8 +313,8 @@ def colour(i: int) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A scrollable table: the column headers, and the attributes and cells of each row; the first cell is the row's
-    header. All of them are HTML."""
+    """A scrollable table, from the column headers, and the attributes and cells of each row. The first cell is the
+    row's header. All arguments are HTML."""
     top = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = (
         f'<tr {attributes}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -331,7 +332,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 def report_page(run: Run, previous: Run | None = None, refresh: int | None = None) -> str:
     """The page of one run.
 
-    previous  an earlier run on the same data, to compare the loss with.
+    previous  an earlier run on the same data, whose loss is shown for comparison.
     refresh   seconds after which the browser reloads the page.
     """
     total = run.started("options").get("max_iters")
@@ -358,18 +359,18 @@ def report_page(run: Run, previous: Run | None = None, refresh: int | None = Non
 
 
 def units(run: Run) -> str:
-    """A sentence that relates nats per token to bits per byte, if the bytes of the validation text are recorded."""
+    """A sentence that relates nats per token to bits per byte, if the size of the validation text is recorded."""
     bits, size = run.bits_per_byte(1.0), run.started("data").get("bytes per token")
     if bits is None or not is_number(size):
         return ""
     return (
-        "<p>Bits per byte can be compared between tokenizers, nats per token cannot. The validation text has "
+        "<p>Bits per byte can be compared between tokenizers; nats per token cannot. The validation text has "
         f"{size:.4g} bytes per token, so 1 nat per token is 1 / ({size:.4g} ln\u00a02) = {bits:.4g} bits per byte.</p>"
     )
 
 
 def loss_curves(run: Run, previous: Run | None) -> list[Curve]:
-    """The losses of a run, the validation loss of an earlier one at equal numbers of tokens, and the baselines."""
+    """The losses of a run, the validation loss of an earlier run at the same number of tokens, and the baselines."""
     training = run.values("loss")
     curves = [Curve("training", training, spread=True), Curve("validation", run.values("val_loss"), colour=1)]
     if not training:
@@ -387,7 +388,7 @@ def loss_curves(run: Run, previous: Run | None) -> list[Curve]:
 
 
 def previous_run(out: Path) -> Run | None:
-    """The latest earlier run on the same data in a folder next to `out`, or None."""
+    """The most recent earlier run on the same data in a folder next to `out`, or None."""
     own = read_log(out / STARTS)
     data = _data_fingerprint(own)
     if data is None:
@@ -407,13 +408,13 @@ def _data_fingerprint(starts: Sequence[JsonObject]) -> object:
 
 
 def _time(starts: Sequence[JsonObject]) -> float:
-    """When a run was started, in seconds since 1970."""
+    """The time at which a run was started, in seconds since 1970."""
     moment = starts[0].get("time")
     return moment if is_number(moment) else 0.0
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """The page that compares runs: results, differences in their options, curves, last samples."""
+    """The page that compares runs: results, differences, curves, last samples."""
     keys = dict.fromkeys(key for run in runs for key in run.others())
     in_bytes = len({run.tokenizer() for run in runs}) > 1 and all(run.bits_per_byte(1.0) for run in runs)
     losses = boxes("charts large", (chart_of(key, runs, "wide", in_bytes) for key in ("val_loss", "loss")))
@@ -430,7 +431,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def boxes(kind: str, parts: Iterable[str]) -> str:
-    """Parts next to each other, as many as fit in a row."""
+    """Parts that are laid out next to each other, as many as fit in a row."""
     inside = "".join(parts)
     return f'<div class="{kind}">{inside}</div>' if inside else ""
 
@@ -440,7 +441,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = False) -> str:
-    """The chart of a value in the log, over steps, or over tokens if the runs have steps of different sizes.
+    """The chart of a value in the log, over steps, or over tokens if the runs have different step sizes.
 
     in_bytes  convert a loss from nats per token to bits per byte.
     """
@@ -463,7 +464,7 @@ def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = Fal
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
-    """(name, value, remark) for each result of a run."""
+    """The (name, value, remark) of each result of a run."""
     best, losses, speeds = run.best(), run.values("loss"), sorted(y for _, y in run.values("tokens_per_s"))
     before = [(f"{loss:.4f}", "before training") for step, loss in run.values("val_loss") if step == 0]
     last = [y for _, y in losses[-max(1, len(losses) // 50) :]]
@@ -488,8 +489,8 @@ def tile(figure: tuple[str, str, str]) -> str:
 
 
 def results(runs: Sequence[Run]) -> str:
-    """The table of results. The best run is marked, by bits per byte if the tokenizers differ, else by validation
-    loss."""
+    """The table of results. The best run is highlighted. Runs are compared by bits per byte if the tokenizers differ,
+    otherwise by validation loss."""
     losses = [best[1] if (best := run.best()) else math.inf for run in runs]
     if len({run.tokenizer() for run in runs}) > 1:
         bits = [run.bits_per_byte(loss) for run, loss in zip(runs, losses, strict=True)]
@@ -498,8 +499,8 @@ def results(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         name = f'<span class="{colour(i)}">{escape(run.name)}</span>'
         cells = [f"{value} <small>{remark}</small>" for _, value, remark in figures(run)]
-        winner = 'class="best"' if losses[i] == min(losses) < math.inf else ""
-        rows.append((winner, [name, f"{run.step:,}", *cells]))
+        best_class = 'class="best"' if losses[i] == min(losses) < math.inf else ""
+        rows.append((best_class, [name, f"{run.step:,}", *cells]))
     return f'<div class="key">{table(["run", "steps", *(name for name, _, _ in figures(runs[0]))], rows)}</div>'
 
 
@@ -520,7 +521,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def samples(run: Run) -> str:
-    """The samples, newest first; if there are many, an evenly spaced selection."""
+    """The samples, newest first. If there are many, an evenly spaced selection."""
     count = len(run.samples)
     if not count:
         return ""
@@ -528,7 +529,7 @@ def samples(run: Run) -> str:
     note = ""
     if count > SAMPLES_SHOWN:
         spread = sorted({round(i * (count - 1) / (SAMPLES_SHOWN - 1)) for i in range(SAMPLES_SHOWN)})
-        note = f"<p>{len(spread)} of {count:,}, newest first; {SAMPLES} has all of them.</p>"
+        note = f"<p>{len(spread)} of {count:,} samples, newest first; {SAMPLES} contains all of them.</p>"
     cards = (sample(f"step {run.samples[i]['step']:,}", run.samples[i]) for i in reversed(spread))
     return note + boxes("samples", cards)
 
@@ -543,7 +544,7 @@ def configuration(run: Run) -> str:
     if not run.starts:
         return ""
     given, command = run.started("given"), run.starts[-1].get("command")
-    if not isinstance(command, str):  # a record of an earlier version
+    if not isinstance(command, str):  # the record was written by an earlier version
         command = shlex.join([*console.script("train").split(), *(word(name, value) for name, value in given.items())])
     tables = [*option_groups(run), *((part.capitalize(), run.started(part)) for part in ("model", "data", "machine"))]
     parts = []
@@ -562,7 +563,7 @@ def configuration(run: Run) -> str:
 
 
 def option_groups(run: Run) -> list[tuple[str, JsonObject]]:
-    """The options by flag, in the groups of `train.py --help`; those of another version are in a group of their own."""
+    """The options by flag, in the groups of `train.py --help`. Options of other versions are in a separate group."""
     options = run.started("options")
     other = options.keys() - {name for names in GROUPS.values() for name in names}
     groups = {**GROUPS, "others": tuple(name for name in options if name in other)}
@@ -571,7 +572,7 @@ def option_groups(run: Run) -> list[tuple[str, JsonObject]]:
 
 
 def word(name: str, value: object) -> str:
-    """An option on the command line."""
+    """An option as written on the command line."""
     if isinstance(value, bool):
         return flag(name if value else f"no-{name}")
     return f"{flag(name)}={value}"
@@ -591,7 +592,7 @@ def start(row: JsonObject) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of the configuration as text; only the first digits of a fingerprint."""
+    """A value of the configuration as text. A fingerprint is shortened to its first digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -607,7 +608,7 @@ def shown(value: object) -> str:
 
 
 class Writer:
-    """Updates out/report.html during training, in at most the fraction SHARE of the time.
+    """Updates out/report.html during training, using at most the fraction SHARE of the time.
 
     say  prints one line if the page cannot be written; training continues.
     """
@@ -618,13 +619,13 @@ class Writer:
         self.previous: Run | None = None
 
     def is_old(self) -> bool:
-        """Whether the last update was REFRESH seconds ago, or longer if that is needed to keep to SHARE."""
+        """Whether the last update is at least REFRESH seconds old, or older if SHARE requires it."""
         return time.perf_counter() - self.written >= max(REFRESH, self.cost / SHARE)
 
     def update(self, last: bool = False) -> None:
-        """Write the page, unless the last update was too recent for the time that it took.
+        """Write the page, unless the last update is so recent that SHARE would be exceeded.
 
-        last  always write it, as a page that browsers no longer reload.
+        last  write the page in any case, without automatic reloading.
         """
         began = time.perf_counter()
         if not last and began - self.written < self.cost / SHARE:
@@ -634,7 +635,7 @@ class Writer:
                 self.previous = previous_run(self.out)
             text = report_page(Run.load(self.out), self.previous, None if last else REFRESH)
             write(text, self.out / REPORT)
-        except Exception as error:  # a failure to write the report must not end the run
+        except Exception as error:  # a failure to write the report must not stop the run
             self.say(f"{self.out / REPORT} was not written: {type(error).__name__}: {error}")
         self.written = time.perf_counter()
         self.cost = self.written - began
@@ -648,14 +649,15 @@ def command_line() -> Parser:
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"the HTML file to write [default: {REPORT} in the out-dir, or {COMPARISON} here for several runs]",
+        help=f"the HTML file to write [default: {REPORT} in the out-dir, or for several runs {COMPARISON} in the "
+        "current folder]",
     )
     return parser
 
 
 @console.command("gpt2.report")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit status: 0, 1 if a folder is not an out-dir, 2 for an invalid option."""
+    """Run the command. Returns its exit status: 0; 1 if a folder is not an out-dir; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     parser.check_output("--output", options.output)

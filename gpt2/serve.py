@@ -1,7 +1,7 @@
-"""Try a model in the browser: write a prompt, watch the text, choose another token and continue from there.
+"""Try a model in the browser: write a prompt, watch the text, choose another token, and continue from there.
 
-Next to the text, the page shows the inspector's view. OpenAI's completions API is served at /v1. The server is for this
-machine only: it listens on 127.0.0.1 and rejects requests from other web pages. Ctrl-C ends it.
+Next to the text, the page shows the inspector. OpenAI's completions API is served at /v1. The server is accessible only
+on this machine: it listens on 127.0.0.1 and rejects requests from other web pages. Ctrl-C stops it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def command_line() -> Parser:
 
 @console.command("gpt2.serve")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command, which runs until Ctrl-C. Exit status: 0; 1 if it cannot start; 2 for an invalid option."""
+    """Run the command until Ctrl-C. Returns its exit status: 0; 1 if it cannot start; 2 for an invalid option."""
     parser = command_line()
     options = parser.parse_args(arguments)
     if not 0 <= options.port < 2**16:
@@ -76,7 +76,8 @@ def web_module() -> ModuleType:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on a port of this machine. Raises OSError naming the port, if that is not possible."""
+    """A socket that listens on a port of this machine. Raises OSError, which names the port, if this is not
+    possible."""
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
@@ -86,7 +87,7 @@ def listen(port: int) -> socket.socket:
 
 
 def service(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
-    """Load the model and serve it until the process is interrupted."""
+    """Load the model, and serve it until the process is interrupted."""
     model, tokenizer, name = load_model(options)
     decode.set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
@@ -101,7 +102,7 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
         inspect=partial(inspect, model, tokenizer, name=name),
         memory=lambda: (model.backend.memory() or machine.memory() or (math.inf,))[0],
     )
-    # The first tokens call all kernels. This compiles them before the first request, while the page is opened.
+    # Generating two tokens calls all kernels, so they are compiled before the first request, while the page opens.
     worker.submit(lambda: generate(model, [begin_id(model, tokenizer)], 2), lambda result: None)
     url = f"http://{HOST}:{port}"
     console.say(f"{url} serves the page, {url}/v1 OpenAI's API; Ctrl-C stops the server")
@@ -114,7 +115,7 @@ def service(web: ModuleType, options: argparse.Namespace, port: int, listening: 
 
 
 def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:
-    """Load the model that the options select. Returns it, its tokenizer, and its name for clients."""
+    """Load the model that the options select. Returns the model, its tokenizer, and its name for clients."""
     say = console.print_error
     folder = find_model(Path(options.checkpoint), say) if options.checkpoint else default_model(say)
     if folder is None:

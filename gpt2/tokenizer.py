@@ -117,6 +117,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
+        """The number of ids, including added tokens."""
         return max(self.tokens) + 1
 
     @cached_property

@@ -1,8 +1,8 @@
-"""trace(model, tokens): the intermediate values of a forward pass, from the embeddings to the logits.
+"""trace(model, tokens) returns the intermediate values of a forward pass, from the embeddings to the logits.
 
-`tinygrad2.tracing` reports every operation of the forward pass. The tracer follows the residual stream through them: it
-starts as the token embedding, and each attention and MLP adds its output to it. This works for any model that uses
-the engine's operations and adds to its residual stream with `+` or `ops.add_layernorm`.
+`tinygrad2.tracing` reports every operation of the forward pass. The tracer follows the residual stream through the
+operations: the stream starts as the token embedding, and each attention and MLP adds its output to it. This works for
+any model that uses the engine's operations and adds to its residual stream with `+` or `ops.add_layernorm`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ATTENTION_N_HEAD = 4  # the index of n_head in the values that ops.attention sav
 
 @dataclass
 class LayerTrace:
-    """One layer of a trace, for the T tokens of a text. The next layer reads stream + attention + mlp.
+    """One layer of a trace, for a text of T tokens. The input of the next layer is stream + attention + mlp.
 
-    stream     (T, C), the residual stream that the layer reads.
-    attention  (T, C), what the attention adds to the stream; None if the layer has none.
-    mlp        (T, C), what the MLP (or whatever follows the attention) adds; None if the layer has none.
+    stream     (T, C), the residual stream at the input of the layer.
+    attention  (T, C), the output that attention adds to the stream; None if the layer has no attention.
+    mlp        (T, C), the output that the MLP (or any module after attention) adds; None if the layer has no MLP.
     """
 
     stream: np.ndarray
@@ -35,9 +35,10 @@ class LayerTrace:
     _weights: Callable[[], np.ndarray] | None = None
 
     def weights(self) -> np.ndarray:
-        """The attention weights, (H, T, T): head, query, key. The weights of a query sum to 1; later keys get 0.
+        """The attention weights, (H, T, T): head, query, key. The weights of a query sum to 1; those of later keys
+        are 0.
 
-        Attention kernels do not store them, so each call computes them from the queries and keys.
+        Attention kernels do not store the weights, so each call computes them from the queries and keys.
         Raises ValueError if the layer has no attention.
         """
         if self._weights is None:
@@ -47,8 +48,8 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """What a model computed for a text of T tokens, as NumPy arrays on the host, in the precision of the model's
-    activations (float32 if that is bfloat16).
+    """The intermediate values of a model for a text of T tokens. They are NumPy arrays on the host, in the precision of
+    the model's activations (float32 if it is bfloat16).
 
     tokens     (T,), the ids.
     embedding  (T, C), the token embedding, plus the position embedding if the model has one.
@@ -67,7 +68,7 @@ class Trace:
 
 
 def trace(model: LanguageModel, tokens: Sequence[int] | np.ndarray) -> Trace:
-    """The activations of `model` for the ids `tokens` (T,), without dropout and without gradients.
+    """Compute the activations of `model` for the ids `tokens` (T,), without dropout and gradients.
 
     Raises ValueError if `tokens` is empty, not one-dimensional, or longer than the model's context, or if the model has
     no embedding.
@@ -104,9 +105,9 @@ def attention_weights(qkv: np.ndarray, n_head: int) -> np.ndarray:
 
 @dataclass
 class _Tracer:
-    """Follows the residual stream of a text of `length` tokens through the operations, and records what is added.
+    """Follows the residual stream of a text of `length` tokens through the operations, and records what is added to it.
 
-    A layer begins when the output of an attention is added. The next addition without attention is its MLP.
+    A layer begins when the output of attention is added. The next addition that is not from attention is its MLP.
     """
 
     length: int
@@ -114,7 +115,7 @@ class _Tracer:
     embedding: Tensor | None = None
     layers: list[LayerTrace] = field(default_factory=list)
     _embeddings: list[Tensor] = field(default_factory=list)
-    _weights: Callable[[], np.ndarray] | None = None  # of an attention whose output has not been added yet
+    _weights: Callable[[], np.ndarray] | None = None  # the weights of an attention whose output has not been added yet
 
     def __call__(self, operation: Operation) -> None:
         result = operation.results[0]

@@ -1,6 +1,6 @@
-"""PyTorch's counterparts to the rows of gradcheck's table, and comparisons with them in float64.
+"""PyTorch equivalents of the rows in gradcheck's table, and comparisons with them in float64.
 
-Nothing here imports torch; tests that need it pass the module.
+This module does not import torch: tests pass it as an argument.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from tinygrad2 import Tensor
 from tinygrad2.gradcheck import PLACES, SELECTED, TARGETS, VISIBLE, WEIGHTS
 
-# PyTorch's version of each row of gradcheck's table, as a function of the module torch and the inputs.
+# The PyTorch equivalent of each row in gradcheck's table, called with the module torch and the inputs.
 THEIRS = {
     "arccosh, from 1": lambda t, x: t.arccosh(x + 1),
     "elu": lambda t, x: t.nn.functional.elu(x),
@@ -121,7 +121,7 @@ THEIRS = {
     "scaled_dot_product_attention, bias": lambda t, q, k, v, bias: t.nn.functional.scaled_dot_product_attention(
         q, k, v, bias, enable_gqa=True
     ),
-    "scaled_dot_product_attention, causal, dropout": None,  # the random numbers differ
+    "scaled_dot_product_attention, causal, dropout": None,  # PyTorch draws different random numbers
     "l1_loss": lambda t, a, b: t.nn.functional.l1_loss(a, b + 9, reduction="sum"),
     "nll_loss": lambda t, x: t.nn.functional.nll_loss(x.reshape(10, 11), t.as_tensor(TARGETS).reshape(10)),
     "binary_cross_entropy": lambda t, p, y: t.nn.functional.binary_cross_entropy(p / 4, y / 4),
@@ -139,7 +139,7 @@ THEIRS = {
 
 
 def rotated(t, x, first, interleaved):
-    """The rotary embedding as complex numbers: u + iv times e^(i angle)."""
+    """The rotary embedding as a product of complex numbers, (u + iv) e^(i angle)."""
     T, D = x.shape[-2:]
     angle = (t.arange(T) + first)[:, None] * 10000.0 ** (-t.arange(0, D, 2, dtype=x.dtype) / D)
     u, v = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., : D // 2], x[..., D // 2 :])
@@ -148,7 +148,7 @@ def rotated(t, x, first, interleaved):
 
 
 def theirs(t, name):
-    """PyTorch's function for a row of the table, from THEIRS or with the same name."""
+    """PyTorch's function for a row of the table: the entry in THEIRS, or the function of the same name."""
     if name in THEIRS:
         return THEIRS[name]
     plain = name.split(",")[0]
@@ -157,14 +157,14 @@ def theirs(t, name):
 
 
 def gradients_of(results, inputs, dy):
-    """The gradients of the results, weighted by dy, with respect to PyTorch's inputs."""
+    """The gradients of the sum of dy * results with respect to the PyTorch inputs."""
     total = sum((y * g).sum() for y, g in zip(results, dy, strict=True))
     total.backward()
     return [np.zeros(tuple(x.shape)) if x.grad is None else x.grad.numpy() for x in inputs]
 
 
 def compare(t, ours, theirs, arrays, rtol=1e-12, atol=1e-13):
-    """Compare values, and gradients of floating-point results."""
+    """Compare the values of all results, and the gradients of floating-point results."""
     ours_in = [Tensor(array, requires_grad=True) for array in arrays]
     theirs_in = [t.tensor(array, requires_grad=True) for array in arrays]
     got, expected = ours(*ours_in), theirs(t, *theirs_in)

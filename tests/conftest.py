@@ -1,4 +1,4 @@
-"""Fixtures for every test."""
+"""Fixtures and hooks for all tests."""
 
 import hashlib
 import importlib.util
@@ -16,8 +16,8 @@ from tests.stand_ins import cudasim
 from tinygrad2 import autograd, backend, threads
 from tinygrad2.kernels import gemm
 
-# `pytest -m quick`, in less than a minute: the mathematics, the tape, operations, layers, optimizers, the model,
-# sampling, and the rules of the repository. Paths are relative to this folder; a folder means all files in it.
+# `pytest -m quick` takes less than a minute and covers the mathematics, the tape, operations, layers, optimizers, the
+# model, sampling, and the rules of the repository. Paths are relative to this folder; a folder includes all its files.
 QUICK = (
     "tinygrad2/test_reference.py", "tinygrad2/test_gradcheck.py", "tinygrad2/test_autograd.py",
     "tinygrad2/test_tensor.py", "tinygrad2/test_ops.py", "tinygrad2/test_nn.py", "tinygrad2/test_params.py",
@@ -28,14 +28,14 @@ QUICK = (
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--ptx", action="store_true", help="run CUDA kernels as NVRTC compiles them (tests/stand_ins/ptxsim.py)"
+        "--ptx", action="store_true", help="run CUDA kernels from the PTX of NVRTC (tests/stand_ins/ptxsim.py)"
     )
     parser.addoption(
         "--require-extras", action="store_true", help="fail, instead of skipping, if a package is not installed"
     )
 
 
-# The fastest BLAS library depends on the machine, and so do its roundings: tests use NumPy's.
+# The fastest BLAS library depends on the machine, and each library rounds differently: tests use NumPy's.
 os.environ.setdefault("TINYGRAD2_BLAS", "numpy")
 os.environ.setdefault("TINYGRAD2_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinygrad2-tests"))
 
@@ -48,7 +48,7 @@ def pytest_configure(config):
         cudasim.RawModule = ptxsim.RawModule
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by marks
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their marks
 def pytest_collection_modifyitems(items):
     folder = Path(__file__).parent
     for item in items:
@@ -87,7 +87,7 @@ def _read_only(value):
 
 @pytest.fixture(autouse=True)
 def saved_is_read_only(monkeypatch):
-    """Backward functions get the saved data and the incoming gradient as read-only views, so that writing raises."""
+    """Pass saved data and incoming gradients to backward functions as read-only views, so that writing raises."""
     node = autograd.Node
 
     def guarded(parents, backward, saved, forms, name, kernel=False):
@@ -104,7 +104,7 @@ def saved_is_read_only(monkeypatch):
 
 @pytest.fixture
 def set_threads():
-    """A function that sets the number of threads, which is restored afterwards."""
+    """A function that sets the number of threads. The previous number is restored after the test."""
     before = threads.count()
     yield threads.set_count
     threads.set_count(before)
@@ -115,13 +115,13 @@ def gpt2_files():
     """The folder with tiktoken's two files for GPT-2; tests do not download them."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder:
-        pytest.skip("needs GPT-2's vocabulary in the folder TIKTOKEN_CACHE_DIR")
+        pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that contains it")
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def prepared_text(tmp_path_factory):
-    """A data set with the text in tests/training_runs.py."""
+    """A data set prepared from the text in tests/training_runs.py."""
     from data.prepare import prepare
     from tests.training_runs import TEXT
 
@@ -133,7 +133,7 @@ def prepared_text(tmp_path_factory):
 
 @pytest.fixture
 def workspace(prepared_text, tmp_path, monkeypatch):
-    """An empty current directory with a data set, data/text; signal handlers are restored afterwards."""
+    """A new current directory that contains data/text. Signal handlers are restored after the test."""
     shutil.copytree(prepared_text, tmp_path / "data" / "text")
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -144,7 +144,7 @@ def workspace(prepared_text, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def fake_cublaslt():
-    """The path of the stand-in for the library cublasLt, compiled when its source has changed."""
+    """The path of the stand-in for cuBLASLt, which is recompiled when its source has changed."""
     source = Path(__file__).parent / "stand_ins" / "cublaslt.cpp"
     folder = Path(tempfile.gettempdir()) / "tinygrad2-cudasim"
     path = folder / f"cublaslt-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
@@ -160,5 +160,5 @@ def fake_cublaslt():
 
 @pytest.fixture
 def cublaslt(fake_cublaslt, monkeypatch):
-    """Matrix products on the stand-in for CuPy use the stand-in for cublasLt."""
+    """Use the stand-in for cuBLASLt for matrix products on the stand-in for CuPy."""
     monkeypatch.setattr(gemm, "_in_wheels", lambda: fake_cublaslt)

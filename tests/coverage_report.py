@@ -1,17 +1,17 @@
 """Measure which statements of tinygrad2/ and gpt2/ the tests execute: python tests/coverage_report.py [PART ...]
 
-    python tests/coverage_report.py                   all parts of CI, one after the other, then the report (hours)
-    python tests/coverage_report.py fast mpi          these parts; what earlier calls have measured is kept and added
-    python tests/coverage_report.py --report          only the report, of what has been measured so far
-    python tests/coverage_report.py --tests ARGS...   other tests: the rest are arguments of pytest
+    python tests/coverage_report.py                   run all parts of CI one after the other, then report (takes hours)
+    python tests/coverage_report.py fast mpi          run these parts; data from earlier calls are kept and included
+    python tests/coverage_report.py --report          only report, from the data measured so far
+    python tests/coverage_report.py --tests ARGS...   run other tests: ARGS are passed to pytest
 
-Processes that the tests start are measured too. Functions that Numba compiles do not count, since Python does not
-execute their bodies ([tool.coverage] in pyproject.toml). The data are in build/coverage/; remove the folder to start
-over. The report is written to docs/coverage.md, between its two marks, and as JSON to
-tests/benchmarks/results/coverage.json. Failing tests are reported, but do not end the measurement: it makes every
-process slower, and some tests have limits of time.
+Processes that the tests start are measured too. Functions that Numba compiles are excluded, since Python does not
+execute their bodies ([tool.coverage] in pyproject.toml). The data are in build/coverage/; delete the folder to start
+over. The report is written to docs/coverage.md, between two markers, and as JSON to
+tests/benchmarks/results/coverage.json. Failing tests are reported but do not stop the measurement: coverage slows down
+every process, and some tests have time limits.
 
-The exit status is 1 if less than 90 % of a package is covered, or if five lines or more of a function are neither
+The exit status is 1 if less than 90 % of a package is covered, or if a function has five or more lines that are neither
 covered nor explained by REASONS.
 """
 
@@ -32,29 +32,29 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "build" / "coverage", ROOT / "docs" / "coverage.md"
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "coverage.json"
 MARKS = "<!-- measured -->", "<!-- end of what was measured -->"
-LEAST = 90.0  # percent of each package
-FEW = 5  # lines of a function; fewer than these need no reason
+LEAST = 90.0  # minimum coverage of each package, in percent
+FEW = 5  # a function with fewer uncovered lines than this needs no reason
 PACKAGES = ("tinygrad2", "gpt2")
 
-# The tests of .ci/run, by pytest's -m.
+# The tests that .ci/run runs, as arguments of pytest's -m.
 PARTS = {
     "fast": "not slow and not gpu and not mpi",
     "mpi": "mpi",
     "slow": "(slow or extras or parity) and not gpu and not mpi",
 }
 
-# Why functions are not covered: a pattern of FILE: FUNCTION, and the reason. The first one that matches counts.
+# Why functions are not covered: (pattern for FILE: FUNCTION, reason). The first pattern that matches is used.
 REASONS: tuple[tuple[str, str], ...] = ()
 
 
 def measure(selection: Sequence[str]) -> None:
-    """Run pytest under coverage. The data of every process are added to those that are there."""
+    """Run pytest under coverage. The data of every process are added to the existing data."""
     DATA.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COVERAGE_FILE": str(DATA / "data")}
     command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", *selection]
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if status:
-        print(f"pytest {' '.join(selection)}: status {status}; the report contains what was executed", flush=True)
+        print(f"pytest {' '.join(selection)}: status {status}; the report covers what was executed", flush=True)
 
 
 def combined() -> dict[str, Any]:
@@ -73,7 +73,7 @@ def combined() -> dict[str, Any]:
 
 
 def missing(report: dict[str, Any]) -> dict[str, list[int]]:
-    """The lines that no test executed, by FILE: FUNCTION; those outside functions by FILE."""
+    """The lines that no test executed, by FILE: FUNCTION, or by FILE for lines outside functions."""
     return {
         f"{name}: {function}" if function else name: found["missing_lines"]
         for name, file in sorted(report["files"].items())
@@ -93,7 +93,7 @@ def percent(covered: int, statements: int) -> float:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The rows of docs/coverage.md: packages, files below LEAST, and what is not covered, by reason."""
+    """The rows of docs/coverage.md: packages, files below LEAST, and uncovered lines by reason."""
     files = report["files"]
     lines = ["| | statements | covered |", "|---|---|---|"]
     for package in PACKAGES:
@@ -140,7 +140,7 @@ def write(report: dict[str, Any]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} [all]")
-    parser.add_argument("--report", action="store_true", help="only the report")
+    parser.add_argument("--report", action="store_true", help="only report, from the data measured so far")
     parser.add_argument(
         "--tests", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of pytest instead of parts"
     )

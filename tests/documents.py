@@ -1,15 +1,15 @@
-"""Runs the code blocks in Markdown files, each alone in a fresh copy of the repository.
+"""Run the code blocks in Markdown files, each in its own fresh copy of the repository.
 
 `python -m tests.documents README.md ...` runs a page's shell blocks exactly as written, including installations; CI
 calls it in an empty virtual environment. tests/test_documents.py runs the blocks of all other pages.
 
 The first word after the fence is the language: `sh` and `python` blocks run, `text` blocks do not. The words after it
-are not shown on a rendered page and say what the block needs:
+are options, which a rendered page does not show:
 
     continues        the block continues the previous block, in the same copy
-    needs=NAME,...   a package (skipped if it is not installed), or an entry of ELSEWHERE, which is never available
-    quotes=FILE      an excerpt: its statements and lines are those of FILE; comments and docstrings may be left out
-    varies           the output of the block before, which differs from machine to machine
+    needs=NAME,...   a package (the block is skipped if it is not installed), or a key of ELSEWHERE (always skipped)
+    quotes=FILE      an excerpt: FILE contains its statements and lines; comments and docstrings may be omitted
+    varies           the output of the previous block, which differs between machines
 
 The blocks of docs/tutorial/ form one program, which tests/test_tutorial.py runs.
 """
@@ -35,7 +35,7 @@ ELSEWHERE = {
     "network": "a network",
     "cluster": "several machines",
     "terminal": "a second terminal, while a server runs",
-    "hours": "minutes to days of computing",
+    "hours": "minutes to days of computation",
 }
 
 

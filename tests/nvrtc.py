@@ -1,10 +1,10 @@
 """Compile the CUDA kernels for current GPUs on a machine without a GPU: python -m tests.nvrtc prints a table.
 
-NVRTC needs no driver. It is called through CuPy's binding, with the options that CuPy's RawModule adds to ours, and
-reports the resources of each kernel: registers, shared memory, and whether registers were spilled or an array was
-placed in memory (a stack frame), the most expensive faults that still give correct results.
+NVRTC does not need a driver. It is called through CuPy's binding, with our options and those that CuPy's RawModule
+adds. It reports each kernel's registers, shared memory, register spills, and stack frame (arrays in local memory).
+Spills and stack frames are the most expensive faults that still give correct results.
 
-Needs CuPy, NVRTC and CUDA's headers: pip install -e ".[cuda-check]", or any machine on which the kernels run.
+Requires CuPy, NVRTC and the CUDA headers: pip install -e ".[cuda-check]", or any machine that can run the kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinygrad2.backend import Limits
 from tinygrad2.kernels import cuda
 from tinygrad2.kernels.cuda import BLOCK_ROWS, AttentionSizes, Multiprocessor, cross_entropy_sizes
 
-# Of each compute capability, a GPU: what a multiprocessor has, and the limits of a launch.
+# A GPU of each compute capability: the resources of a multiprocessor, and the launch limits.
 GPUS = {
     "75": (Multiprocessor(64 << 10, 1024), Limits(40, 63 << 10, 7)),  # T4
     "80": (Multiprocessor(164 << 10, 2048), Limits(108, 163 << 10, 8)),  # A100
@@ -39,12 +39,12 @@ FLOAT32_ONLY = ("75",)  # no bfloat16
 TYPES = ("bf16", "float")
 ITEMSIZE = {"bf16": 2, "float": 4}
 WIDTHS = (768, 1024, 1280, 1600)
-HEAD_SIZES = (64, 80, 128)  # GPT-2's, and others
+HEAD_SIZES = (64, 80, 128)  # those of GPT-2, and others
 Defines = dict[str, Any]
 
 
 def _each(**choices: Sequence[Any]) -> list[Defines]:
-    """Every combination of values; the first has the sizes of the 124M model."""
+    """Every combination of the values. The first one has the sizes of the 124M model."""
     rows: list[Defines] = [{}]
     for name, values in choices.items():
         rows = [{**row, name: value} for row in rows for value in values]
@@ -52,9 +52,11 @@ def _each(**choices: Sequence[Any]) -> list[Defines]:
 
 
 def sizes(architecture: str) -> dict[str, list[Defines]]:
-    """The constants that each family's launchers define on such a GPU, for GPT-2's four sizes and both types. A quick
-    test compiles the first row. "kernels" names those that are launched with these constants, where others of the file
-    have their own."""
+    """The constants that the launchers of each kernel family define on this GPU, for GPT-2's four sizes and both types.
+
+    A quick test compiles only the first row. If the kernels in a file are launched with different constants, "kernels"
+    lists those that use this row.
+    """
     processor, limits = GPUS[architecture]
     rows: dict[str, list[Defines]] = {
         "layernorm": _each(REAL=TYPES, C=WIDTHS),
@@ -81,8 +83,8 @@ def sizes(architecture: str) -> dict[str, list[Defines]]:
             {**row, "WIDTH": 16 // ITEMSIZE[row["REAL"]], "BLOCK_ROWS": BLOCK_ROWS}
             for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
         ],
-        # Of 132 processors, 15 clusters of 8 run at once. Without clusters, several texts of XL in float32 spill up to
-        # 48 bytes.
+        # 15 clusters of 8 run at once on 132 multiprocessors. Without clusters, GPT-2 XL in float32 with several texts
+        # spills up to 48 bytes.
         "decode": [
             {"REAL": real, **plan.constants(config)}
             for real in TYPES
@@ -103,7 +105,7 @@ DELTA = {"attention_backward_kv": ("attention_delta",)}  # launched with the sam
 
 @dataclass(frozen=True)
 class Usage:
-    """The resources of a kernel, as reported by ptxas: registers per thread, all others in bytes."""
+    """The resources of a kernel, as reported by ptxas: registers per thread, the others in bytes."""
 
     name: str
     registers: int
@@ -113,11 +115,11 @@ class Usage:
 
 
 class CompileError(RuntimeError):
-    """NVRTC rejected a source; contains its messages."""
+    """NVRTC rejected the source. The error contains NVRTC's log."""
 
 
 def families() -> dict[str, Path]:
-    """The families of kernels, and their sources."""
+    """The source file of each kernel family."""
     files = *cuda.FOLDER.glob("*.cu"), Path(gpt2.__file__).with_name("decode.cu")
     return {file.stem: file for file in sorted(files)}
 
@@ -130,9 +132,9 @@ def compiled(code: str, architecture: str, defines: dict[str, Any]) -> list[Usag
 
 
 def narrow_loads(code: str, defines: dict[str, Any]) -> dict[str, int]:
-    """The number of loads of single 16-bit values in each kernel's PTX.
+    """The number of 16-bit loads in each kernel's PTX.
 
-    They appear if the compiler splits an access of 16 bytes into its elements.
+    They appear if the compiler splits a 16-byte access into its elements.
     """
     kernels = ptx(code, "compute_90", defines).split(".visible .entry ")[1:]
     return {kernel.split("(")[0]: len(re.findall(r"\bld\.global(?:\.nc)?\.[bus]16\b", kernel)) for kernel in kernels}

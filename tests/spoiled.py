@@ -1,4 +1,4 @@
-"""GPT-2 training steps that fail: a user's operation with a gradient that is not finite."""
+"""GPT-2 training steps that fail: a user-defined operation whose gradient is not finite."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ LAYER = 2
 
 
 def spoil(x, value=np.nan, index=7):
-    """Returns x; one value of its gradient becomes `value`."""
+    """Return x; the backward pass replaces one element of its gradient by `value`."""
 
     def spoil_backward(saved, dy, into):
         dx = dy.copy()
@@ -21,7 +21,7 @@ def spoil(x, value=np.nan, index=7):
 
 
 def spoil_steps(monkeypatch, *steps, value=np.nan):
-    """In these steps, counted from 0, spoil the gradient of the MLP output in layer LAYER."""
+    """Spoil the gradient of the MLP output in layer LAYER in the given steps, counted from 0."""
     call = MLP.__call__
 
     def spoiled(self, x, key, site):

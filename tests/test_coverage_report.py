@@ -1,4 +1,4 @@
-"""The report of what the tests execute. (The measurement itself takes hours and is not part of CI.)"""
+"""The coverage report. (The measurement itself takes hours and is not part of CI.)"""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_missing_lines_are_grouped_by_function(report):
     }
 
 
-def test_the_page_has_packages_files_and_reasons(report, page, monkeypatch, capsys):
+def test_the_page_lists_packages_files_and_reasons(report, page, monkeypatch, capsys):
     monkeypatch.setattr(coverage_report, "REASONS", ((r"tinygrad2/a\.py: C", "a reason"),))
     assert not coverage_report.write(report)  # gpt2/ is below 90 %, and h has no reason
     text = page.read_text()
@@ -60,20 +60,20 @@ def test_the_page_has_packages_files_and_reasons(report, page, monkeypatch, caps
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| `tinygrad2/` | 100 | 92.0 % |" in text
-    assert "| `gpt2/` | 10 | 50.0 % |\n| `gpt2/b.py` | 10 | 50.0 % |" in text  # the file is below 90 %, too
+    assert "| `gpt2/` | 10 | 50.0 % |\n| `gpt2/b.py` | 10 | 50.0 % |" in text  # the file is below 90 % too
     assert "| `tinygrad2/a.py: C.g` | 5 | a reason |" in text
     assert "| 2 functions | 3 | fewer than 5 lines each" in text
     assert "no reason given: gpt2/b.py: h\n" in capsys.readouterr().out
 
 
-def test_everything_explained_and_covered_passes(report, page, monkeypatch):
+def test_a_report_passes_if_coverage_is_high_and_gaps_are_explained(report, page, monkeypatch):
     monkeypatch.setattr(coverage_report, "REASONS", ((r".*", "a reason"),))
     assert not coverage_report.write(report)
     report["files"]["gpt2/b.py"] = file_report(50, {"h": [3, 4, 5, 6, 7]})
     assert coverage_report.write(report)
 
 
-def test_the_parts_are_those_of_ci():
+def test_the_parts_match_ci():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert '"not quick and not slow and not gpu and not mpi"' in ci  # the quick tests are run by README's command
     assert coverage_report.PARTS["fast"] == "not slow and not gpu and not mpi"

@@ -1,4 +1,4 @@
-"""The pictures of the pages in docs/, drawn by docs/pictures.py. (Those of the tutorial: test_tutorial.py.)"""
+"""The pictures in docs/, drawn by docs/pictures.py. (For those of the tutorial, see test_tutorial.py.)"""
 
 import importlib.util
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWN = ("rooms", "op", "ranks")  # from nothing but the script
-MEASURED = ("speed", "curves-nano", "curves-gpt2")  # from kept results, of which there may be newer ones
+DRAWN = ("rooms", "op", "ranks")  # drawn by the script alone
+MEASURED = ("speed", "curves-nano", "curves-gpt2")  # drawn from saved results, which may be newer
 
 
 def test_every_picture_is_shown_once_with_a_description():
@@ -24,7 +24,7 @@ def test_every_picture_is_shown_once_with_a_description():
 @pytest.mark.slow
 @pytest.mark.extras("matplotlib")
 @pytest.mark.parametrize("name", DRAWN + MEASURED)
-def test_the_script_draws(name, tmp_path):
+def test_the_script_draws_the_picture(name, tmp_path):
     spec = importlib.util.spec_from_file_location("docs_pictures", DOCS / "pictures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
@@ -34,7 +34,7 @@ def test_the_script_draws(name, tmp_path):
         pictures.PICTURES[name]()
     drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
     assert pictures.drawing.STYLE in drawn
-    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the colour of the paper is a variable
+    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background colour is a CSS variable
     kept = (DOCS / f"{name}.svg").read_text(encoding="utf-8")
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (drawn, kept)]
     assert len(texts[0]) > 5

@@ -15,7 +15,7 @@ import tinygrad2
 from tests.documents import ELSEWHERE, PAGES, ROOT, TUTORIAL, blocks, copy_repository
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-RUN_BY_CI = {ROOT / "README.md", ROOT / "CONTRIBUTING.md"}  # in an empty virtual environment, see .ci/run
+RUN_BY_CI = {ROOT / "README.md", ROOT / "CONTRIBUTING.md"}  # in an empty virtual environment; see .ci/run
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 INSTALL = re.compile(r"pip install -e (?:\.|\"\.\[([\w,-]+)\]\")(?= |$)", re.MULTILINE)
 
@@ -31,7 +31,7 @@ def _case(block):
     [_case(b) for b in BLOCKS if b.language in ("sh", "python") and "quotes" not in b.options
      and not (b.language == "sh" and b.page in RUN_BY_CI) and not (b.language == "python" and b.page in TUTORIAL)],
 )  # fmt: skip
-def test_a_block_runs_alone_in_a_fresh_copy(block, tmp_path):
+def test_a_block_runs_in_its_own_copy_of_the_repository(block, tmp_path):
     missing = [ELSEWHERE[name] for name in block.needs if name in ELSEWHERE]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
@@ -40,7 +40,7 @@ def test_a_block_runs_alone_in_a_fresh_copy(block, tmp_path):
     if block.language == "python":
         command = [sys.executable, "-c", code]
     else:
-        command = ["bash", "-euxo", "pipefail", "-c", INSTALL.sub("true", code)]  # CI installs all packages before
+        command = ["bash", "-euxo", "pipefail", "-c", INSTALL.sub("true", code)]  # CI has installed all packages
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -52,7 +52,7 @@ def test_a_block_runs_alone_in_a_fresh_copy(block, tmp_path):
 
 
 def test_a_block_that_fails_is_reported(tmp_path):
-    """Tests the runner: a command that fails in the middle, and a block that continues another."""
+    """Test the runner: a command that fails in the middle of a pipeline, and a block that continues another one."""
     page = ROOT / "docs" / "a-page-of-the-tests.md"
     text = "```sh\ntrue\n```\n\n```sh continues needs=gpu\nfalse | true\n```\n"
     page.write_text(text)
@@ -65,14 +65,14 @@ def test_a_block_that_fails_is_reported(tmp_path):
     assert subprocess.run(["bash", "-euo", "pipefail", "-c", second.code], check=False).returncode == 1
 
 
-def test_words_after_a_fence_are_known():
+def test_fence_options_are_known():
     for block in BLOCKS:
         words = set(block.options) - {"before"}
         assert block.language in ("sh", "python", "text", "toml"), block.name
         assert words <= {"continues", "needs", "quotes", "varies"}, f"{block.name}: {words}"
 
 
-def test_extras_that_a_block_installs_exist():
+def test_extras_installed_by_blocks_exist():
     for block in BLOCKS:
         for line in re.findall(r".*pip install -e .*", block.code):
             assert INSTALL.search(line), f"{block.name}: {line}"
@@ -82,7 +82,7 @@ def test_extras_that_a_block_installs_exist():
 def statements(code, nested=False):
     """The statements of a piece of code, each as a string, without comments and docstrings.
 
-    nested  also those in classes and functions.
+    nested  whether to include those in classes and functions.
     """
     tree = ast.parse(textwrap.dedent(code))
     for node in ast.walk(tree):
@@ -91,7 +91,7 @@ def statements(code, nested=False):
     return [ast.dump(node) for node in (ast.walk(tree) if nested else tree.body) if isinstance(node, ast.stmt)]
 
 
-def test_quoted_code_is_the_code():
+def test_quoted_code_matches_the_source():
     quoted = [block for block in BLOCKS if "quotes" in block.options]
     assert quoted
     for block in quoted:
@@ -123,7 +123,7 @@ def test_links_have_targets(page):
             assert fragment in anchors(target), f"{page.name}: {link}"
 
 
-def test_every_page_of_docs_is_in_its_index():
+def test_every_page_of_docs_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]
     assert len(pages) > 5
@@ -131,7 +131,7 @@ def test_every_page_of_docs_is_in_its_index():
         assert f"({name})" in index, name
 
 
-def test_every_module_is_in_the_layout():
+def test_every_module_is_on_the_layout_page():
     text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
     for folder in ("tinygrad2", "gpt2", "data"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -145,7 +145,7 @@ def test_readme_is_short():
     assert all(file.stat().st_size < 200_000 for kind in ("png", "svg") for file in (ROOT / "docs").rglob(f"*.{kind}"))
 
 
-def test_one_version():
+def test_all_files_have_the_same_version():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[([^\]]+)\]", changes, re.MULTILINE)[1] == tinygrad2.__version__
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ QUICK = ["--batch-size", "8", "--block-size", "32", "--eval-iters", "2", "--warm
 
 
 def make_folder(folder):
-    """Two layers, a vocabulary trained on the text, and two added tokens, one of which ends a text."""
+    """Save a tokenizer trained on SENTENCES, and a model; see save_model. Returns the id of the end token."""
     import tokenizers
     import transformers
 
@@ -46,7 +46,7 @@ def make_folder(folder):
 
 
 def save_model(tokenizer, folder):
-    """Save the tokenizer with two added tokens, and a new model of two layers. Returns the id of the end token."""
+    """Save the tokenizer with two added tokens, and a new two-layer model. Returns the id of the end token."""
     import transformers
 
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"], "eos_token": "<|end|>"})
@@ -100,7 +100,7 @@ def test_a_transformers_model_learns_to_stop_at_its_own_end_token(tmp_path, monk
             assert capsys.readouterr().out == words.decode(generated[:-1]) + "\n"
 
 
-# As a new user would
+# The commands, as a new user runs them
 
 ENGLISH = itertools.product(
     ("A", "The", "Every", "One"),
@@ -119,7 +119,7 @@ GERMAN = itertools.product(
 
 
 def run(*command, folder):
-    """What a command of the repository prints."""
+    """Run a command of the repository. Returns its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
@@ -130,8 +130,8 @@ def run(*command, folder):
 
 @pytest.mark.slow
 @pytest.mark.extras("torch", "transformers", "tokenizers")
-def test_own_text_in_two_languages_from_files_to_transformers(tmp_path, gpt2_files):
-    """300 KB of text, GPT-2's vocabulary, a Hugging Face folder of two layers with added tokens, by commands."""
+def test_own_text_in_two_languages_is_learned_and_exported_to_transformers(tmp_path, gpt2_files):
+    """Fine-tune a two-layer Hugging Face model with added tokens on 300 KB of text, using only commands."""
     import transformers
 
     texts = [" ".join(words) for words in (*ENGLISH, *GERMAN)]
@@ -145,9 +145,9 @@ def test_own_text_in_two_languages_from_files_to_transformers(tmp_path, gpt2_fil
 
     prepare_it = (ROOT / "data" / "prepare.py", "own.jsonl", "--tokenizer", "hf", "--special-tokens")
     assert "next: python" in run(*prepare_it, folder=tmp_path)
-    said = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
-    first = float(re.search(r"step 0: validation loss ([\d.]+), before training", said)[1])
-    best = float(re.search(r"best validation loss ([\d.]+)", said)[1])
+    output = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
+    first = float(re.search(r"step 0: validation loss ([\d.]+), before training", output)[1])
+    best = float(re.search(r"best validation loss ([\d.]+)", output)[1])
     assert best < 1 < 9 < first
     run("-m", "gpt2.convert", "out", "back", "--to", "hf", folder=tmp_path)
 

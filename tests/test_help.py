@@ -1,4 +1,4 @@
-"""The --help of every command: groups, defaults, one width; and errors that all have the same form."""
+"""The --help output of every command: groups, defaults and width; and the uniform format of errors."""
 
 import argparse
 import importlib
@@ -33,7 +33,7 @@ def test_all_commands_are_found():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_a_group_a_text_and_a_default(command):
+def test_every_option_has_a_group_a_description_and_a_default(command):
     parser = parser_of(command)
     text = parser.format_help()
     titled = {
@@ -47,7 +47,7 @@ def test_every_option_has_a_group_a_text_and_a_default(command):
         if isinstance(action, argparse._HelpAction):
             continue
         name = action.option_strings[0] if action.option_strings else action.metavar
-        assert titled.get(id(action)), f"{name} is in no titled group"
+        assert titled.get(id(action)), f"{name} is not in a titled group"
         shown = formatter._expand_help(action)
         assert re.fullmatch(r".{10,}( \[default: [^\[\]]+\]| \[required\])", shown, re.DOTALL), f"{name}: {shown}"
         assert "None" not in shown
@@ -65,7 +65,7 @@ def test_help_fits_the_terminal_and_is_never_wider_than_100_columns(command, col
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "tinygrad2.gradcheck"])
-def test_a_mistake_gets_one_line_with_the_prefix_of_every_error(command, capsys):
+def test_an_unknown_option_gives_a_one_line_error_with_the_usual_prefix(command, capsys):
     with pytest.raises(SystemExit) as end:
         parser_of(command).parse_args(["--colour=red\x1b[31m"])
     assert end.value.code == 2
@@ -75,15 +75,15 @@ def test_a_mistake_gets_one_line_with_the_prefix_of_every_error(command, capsys)
     assert "--help lists the options" in line
 
 
-def test_an_error_shows_escape_sequences(capsys):
+def test_an_error_escapes_control_characters(capsys):
     with pytest.raises(SystemExit):
         parser_of("sample").parse_args(["--colour=red\x1b[31m"])
     assert "unknown option --colour=red\\x1b[31m" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("gpt2.", "data", "sample", "train"))])
-def test_commands_print_by_the_functions_that_make_control_characters_visible(command):
-    """print() would send text of a model, a name or a file to the terminal unescaped."""
+def test_commands_print_with_functions_that_escape_control_characters(command):
+    """print() would send text from a model, a name or a file to the terminal without escaping it."""
     text = Path(module_of(command).__file__).read_text()
     bare = [line for line in text.splitlines() if re.match(r"\s*print\(", line)]
     assert [line for line in bare if "--- sample" not in line] == []

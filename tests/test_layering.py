@@ -1,4 +1,4 @@
-"""Which modules may import which: only from rows above their own, including type-checking imports."""
+"""Import rules: a module imports only from lower layers, including imports for type checking."""
 
 import ast
 import functools
@@ -11,8 +11,8 @@ import tinygrad2
 
 ROOT = Path(__file__).parent.parent
 
-# Each package from the bottom up. A module imports only from rows above its own. The name of a folder (a room) stands
-# for all modules in it, which may import each other without cycles.
+# The layers of each package, lowest first. A module imports only from lower layers. The name of a subpackage
+# stands for all modules in it, which may import each other without cycles.
 ENGINE = (
     ("missing_names",),
     ("array", "files", "gpus", "machine", "precision", "tracer"),
@@ -48,7 +48,7 @@ MODEL = (
     ("model",),
     ("training",),
     ("cpu_rates", "inspection", "parity", "web"),
-    # a command each: python -m gpt2.NAME
+    # commands: python -m gpt2.NAME
     ("convert", "doctor", "evaluate", "inspect", "plan", "replay", "report", "serve", "verify"),
     ("__init__",),
 )
@@ -58,10 +58,10 @@ RANK = {
     for rank, row in enumerate(rows)
     for name in row
 }
-ROOMS = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")  # folders
-# Packages from the bottom up: the engine does not import the model, and the model does not import the scripts.
+SUBPACKAGES = ("tinygrad2.kernels", "tinygrad2.optim", "gpt2.formats", "gpt2.training")
+# The level of each package: the engine does not import the model, and the model does not import the scripts.
 PACKAGES = {"tinygrad2": 0, "gpt2": 1, "data": 2, "train": 3, "sample": 3, "examples": 3, "tests": 4}
-# What gpt2 and the scripts may import from the engine, in addition to the names that the package exports.
+# The engine's modules that gpt2 and the scripts may import, in addition to the names that the package exports.
 PUBLIC_MODULES = {
     "array",
     "backend",
@@ -116,7 +116,7 @@ def imports(source):
 
 
 def target_of(module, name, modules):
-    """The module that an import reaches: `from package import module` reaches the module, not the package."""
+    """The imported module: `from package import module` imports the module, not the package."""
     for candidate in (f"{module}.{name}", f"{module}.{name}.__init__", module):
         if candidate in modules:
             return candidate
@@ -124,13 +124,13 @@ def target_of(module, name, modules):
 
 
 def rank_of(module):
-    """The row of a module or of its room; None if it is not in any row."""
+    """The layer of a module or of its subpackage; None if it is not in any layer."""
     return next((rank for name, rank in RANK.items() if module == name or module.startswith(f"{name}.")), None)
 
 
-def room_of(module):
-    """The module's folder if that is a room, else the module itself."""
-    return next((room for room in ROOMS if module.startswith(f"{room}.")), module)
+def subpackage_of(module):
+    """The module's subpackage, if it is in one of SUBPACKAGES; otherwise the module itself."""
+    return next((name for name in SUBPACKAGES if module.startswith(f"{name}.")), module)
 
 
 def violations(modules):
@@ -153,19 +153,19 @@ def violations(modules):
 def forbidden(module, package, top, target, name):
     """Why a module may not import a name from another module, or None if it may."""
     if top in ONLY_IN and not module.startswith(ONLY_IN[top]):
-        return f"only {' and '.join(ONLY_IN[top])} may"
+        return f"only {' and '.join(ONLY_IN[top])} may import it"
     if top not in PACKAGES:
         return None
     if name is not None and name.startswith("_"):
         return "a private name"
     if PACKAGES[top] > PACKAGES[package] or (top != package and PACKAGES[top] == PACKAGES[package]):
-        return "a package above its own"
+        return "a higher-level package"
     if package == top and package in ("tinygrad2", "gpt2"):
         lower, upper = rank_of(target), rank_of(module)
         if lower is None or upper is None:
-            return "a module without a row"
-        if lower >= upper and room_of(module) != room_of(target):
-            return "not a lower row"
+            return "a module without a layer"
+        if lower >= upper and subpackage_of(module) != subpackage_of(target):
+            return "not a lower layer"
     if top == "tinygrad2" != package and not is_public(target, name):
         return "not public"
     return None
@@ -178,7 +178,7 @@ def is_public(target, name):
 
 
 def cycles(edges):
-    """A path for every module that reaches itself."""
+    """One path for every module that imports itself indirectly."""
     for start in edges:
         stack = [(start, (start,))]
         seen = set()
@@ -209,15 +209,15 @@ def test_no_forbidden_import():
 @pytest.mark.parametrize(
     ("module", "line", "reason"),
     [
-        ("tinygrad2.reference", "from tinygrad2 import backend", "not a lower row"),
-        ("tinygrad2.reference", "import tinygrad2.tensor", "not a lower row"),
-        ("tinygrad2.ops", "from tinygrad2.nn import Linear", "not a lower row"),
-        ("tinygrad2.ops", "def f():\n    from tinygrad2 import params", "not a lower row"),
-        ("tinygrad2.tensor", "from tinygrad2 import no_grad", "not a lower row"),
-        ("tinygrad2.autograd", "from tinygrad2.random import Key", "not a lower row"),
-        ("tinygrad2.nn", "from gpt2.config import GPT2Config", "a package above its own"),
-        ("tinygrad2.utils", "from tinygrad2.random import Key", "a module without a row"),
-        ("tinygrad2.kernels.cpu", "from tinygrad2 import backend", "not a lower row"),
+        ("tinygrad2.reference", "from tinygrad2 import backend", "not a lower layer"),
+        ("tinygrad2.reference", "import tinygrad2.tensor", "not a lower layer"),
+        ("tinygrad2.ops", "from tinygrad2.nn import Linear", "not a lower layer"),
+        ("tinygrad2.ops", "def f():\n    from tinygrad2 import params", "not a lower layer"),
+        ("tinygrad2.tensor", "from tinygrad2 import no_grad", "not a lower layer"),
+        ("tinygrad2.autograd", "from tinygrad2.random import Key", "not a lower layer"),
+        ("tinygrad2.nn", "from gpt2.config import GPT2Config", "a higher-level package"),
+        ("tinygrad2.utils", "from tinygrad2.random import Key", "a module without a layer"),
+        ("tinygrad2.kernels.cpu", "from tinygrad2 import backend", "not a lower layer"),
         ("tinygrad2.tensor", "import cupy", "only tinygrad2.backend and tinygrad2.kernels may"),
         ("gpt2.model", "import cupy as cp", "only tinygrad2.backend and tinygrad2.kernels may"),
         ("gpt2.model", "from mpi4py import MPI", "only tinygrad2.distributed may"),
@@ -227,20 +227,20 @@ def test_no_forbidden_import():
         ("gpt2.model", "import tinygrad2.autograd", "not public"),
         ("gpt2.model", "from tinygrad2 import Node", "not public"),
         ("gpt2.model", "from tinygrad2.backend import _secret", "a private name"),
-        ("gpt2.model", "from data.prepare import prepare", "a package above its own"),
-        ("gpt2.config", "from gpt2.model import GPT2", "not a lower row"),
-        ("gpt2.config", "if TYPE_CHECKING:\n    from gpt2.model import GPT2", "not a lower row"),
-        ("gpt2.generate", "from gpt2.model import GPT2", "not a lower row"),
-        ("gpt2.formats.hub", "from gpt2.training.options import Options", "not a lower row"),
+        ("gpt2.model", "from data.prepare import prepare", "a higher-level package"),
+        ("gpt2.config", "from gpt2.model import GPT2", "not a lower layer"),
+        ("gpt2.config", "if TYPE_CHECKING:\n    from gpt2.model import GPT2", "not a lower layer"),
+        ("gpt2.generate", "from gpt2.model import GPT2", "not a lower layer"),
+        ("gpt2.formats.hub", "from gpt2.training.options import Options", "not a lower layer"),
         ("gpt2.formats.hub", "from gpt2.formats.model_file import open_model", "a cycle"),
-        ("gpt2.training.run", "from gpt2 import report", "not a lower row"),
-        ("gpt2.report", "from gpt2 import doctor", "not a lower row"),
-        ("gpt2.helpers", "from gpt2.config import GPT2Config", "a module without a row"),
+        ("gpt2.training.run", "from gpt2 import report", "not a lower layer"),
+        ("gpt2.report", "from gpt2 import doctor", "not a lower layer"),
+        ("gpt2.helpers", "from gpt2.config import GPT2Config", "a module without a layer"),
         ("train", "from tinygrad2.tensor import record", "not public"),
-        ("data.prepare", "import train", "a package above its own"),
+        ("data.prepare", "import train", "a higher-level package"),
     ],
 )
-def test_a_injected_import_is_found(module, line, reason):
+def test_an_injected_import_is_detected(module, line, reason):
     found = found_by_injection(module, line)
     assert reason in found[0]
     assert all(violation.endswith("a cycle") for violation in found[1:])
@@ -267,11 +267,11 @@ def test_optional_packages_are_imported_where_they_are_used():
         names = {imported.split(".")[0] for statement in top for imported, _ in imports(ast.unparse(statement))}
         optional = {"cupy", "huggingface_hub", "mpi4py", "pyarrow", "tokenizers", "torch", "transformers"}
         optional |= {"starlette", "uvicorn"}
-        # (gpt2.web requires them, and is itself imported where it is used: tests/gpt2/test_serve.py)
+        # gpt2.web needs them at the top. It is itself imported only where it is used (tests/gpt2/test_serve.py).
         assert module.startswith(("tinygrad2.kernels.", "gpt2.web")) or not names & optional, module
 
 
-# Modules without a test file of their name, and the files that test them (array.py's protocol is checked by mypy).
+# Modules that have no test file of the same name, and the files that test them (mypy checks the protocol in array.py).
 TESTED_BY = {
     "data.parquet_pages": "data/test_hostile_sources.py",
     "gpt2.familiar_options": "test_wrong_inputs.py",
@@ -289,15 +289,15 @@ TESTED_BY = {
 }
 
 
-def test_every_module_has_a_test_file_of_its_name():
+def test_every_module_has_a_test_file_with_its_name():
     for module in sources():
         *folders, name = module.split(".")
         file = "/".join((*folders, f"test_{name}.py"))
-        assert name == "__init__" or (ROOT / "tests" / TESTED_BY.get(module, file)).exists(), f"no tests/{file}"
+        assert name == "__init__" or (ROOT / "tests" / TESTED_BY.get(module, file)).exists(), f"tests/{file} is missing"
 
 
 def test_a_file_that_needs_an_extra_is_marked():
-    """CI selects tests that the quick run skips by their mark: `extras("package")` or `slow`."""
+    """CI uses the marks `extras("package")` and `slow` to select the tests that the quick run skips."""
     extras = ("cupy", "huggingface_hub", "openai", "playwright", "pyarrow", "tokenizers", "torch", "transformers")
     for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

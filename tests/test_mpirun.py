@@ -1,4 +1,4 @@
-"""train.py under a real mpirun: equal results on any layout, elastic resume, and no surviving ranks after a failure."""
+"""train.py under a real mpirun: the same results for any layout, elastic resume, no surviving ranks after failures."""
 
 import os
 import shlex
@@ -34,7 +34,7 @@ import train
 from gpt2.training import trainer
 from gpt2.training.dataset import SampleOrder
 from tinygrad2 import checkpoint, distributed, optim, params
-params.BUCKET_SIZE, distributed.RECEIVE_BUFFER = 50_000, 30_000  # many buckets, and many parts of a sum
+params.BUCKET_SIZE, distributed.RECEIVE_BUFFER = 50_000, 30_000  # many buckets, and sums in many parts
 comm = distributed.world()
 {}
 sys.exit(train.main(sys.argv[1:]))
@@ -63,12 +63,12 @@ def user(prepared, tmp_path, monkeypatch):
 
 
 class Job:
-    """`mpirun -n RANKS python train.py OPTIONS`, after `patch`; killed after `limit` seconds."""
+    """`mpirun -n RANKS python train.py OPTIONS`. Each rank first runs `patch`. It is killed after `limit` seconds."""
 
     def __init__(self, ranks, *options, patch="", limit=90, env=None, launcher=None):
         program = ["-c", PROGRAM.format(patch)] if patch is not None else [str(ROOT / "train.py")]
         launcher = [MPIRUN, "--oversubscribe", "-n", str(ranks)] if launcher is None else launcher
-        # Files, not pipes: the daemon of a disconnected host may keep a pipe open longer than the job runs.
+        # Files instead of pipes: the daemon of a disconnected host may keep a pipe open after the job has ended.
         self.files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
         self.process = subprocess.Popen(
             [*launcher, sys.executable, *program, *QUICK, *options],
@@ -81,20 +81,20 @@ class Job:
         self.ends_at = time.monotonic() + limit
 
     def end(self, status=0):
-        """Wait; `status` is the expected exit status, or None for any but 0. Returns (stdout, stderr)."""
+        """Wait for the job. `status` is the expected exit status, or None for any but 0. Returns (stdout, stderr)."""
         try:
             got = self.process.wait(self.ends_at - time.monotonic())
         except subprocess.TimeoutExpired:
-            pytest.fail("it hung\n" + "\n".join(self.kill()))
-        assert got == status or (status is None and got), "\n".join(self.said())
-        return self.said()
+            pytest.fail("the job hung\n" + "\n".join(self.kill()))
+        assert got == status or (status is None and got), "\n".join(self.outputs())
+        return self.outputs()
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        return self.said()
+        return self.outputs()
 
-    def said(self):
+    def outputs(self):
         for file in self.files:
             file.seek(0)
         return [file.read() for file in self.files]
@@ -131,7 +131,7 @@ def wait_for(condition, limit=60):
         time.sleep(0.02)
 
 
-# Equal results --------------------------------------------------------------------------------------------------------
+# Same results ---------------------------------------------------------------------------------------------------------
 
 SAME = ["--batch-size", "2", "--total-batch-size", "128", "--dropout", "0.1", "--max-iters", "10"]
 SAME += ["--warmup-iters", "2"]
@@ -147,10 +147,11 @@ optim.AdamW.step = recorded
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("adamw", "float64"), ("muon", "float64")])
-def test_one_two_and_four_ranks_compute_the_same(user, optimizer, dtype):
-    """1 x 4, 2 x 2 and 4 x 1 micro-steps, with dropout; also with sharded moments."""
-    again = ["--recompute", "block"]
-    layouts = (("1", 1, []), ("2", 2, []), ("4", 4, []), ("z2", 2, ["--zero"]), ("z4", 4, ["--zero"]), ("r2", 2, again))
+def test_one_two_and_four_ranks_compute_the_same_results(user, optimizer, dtype):
+    """Ranks x micro-steps: 1 x 4, 2 x 2 and 4 x 1, with dropout; also with sharded optimizer state."""
+    recompute = ["--recompute", "block"]
+    layouts = [("1", 1, []), ("2", 2, []), ("4", 4, []), ("r2", 2, recompute)]
+    layouts += [("z2", 2, ["--zero"]), ("z4", 4, ["--zero"])]
     for name, ranks, more in layouts:
         options = [*SAME, "--optimizer", optimizer, "--dtype", dtype, *more]
         run(ranks, *options, "--out-dir", name, patch=FIRST_GRADIENTS)
@@ -164,8 +165,8 @@ def test_one_two_and_four_ranks_compute_the_same(user, optimizer, dtype):
         assert distance(np.load(f"gradients-{name}.npz"), np.load("gradients-1.npz")) < 1e-6
 
 
-def test_ranks_compute_the_same_in_bfloat16(user):
-    """The portable path is used, on any processor. The losses of one rank differ by roundings to bfloat16."""
+def test_ranks_compute_the_same_results_in_bfloat16(user):
+    """All processors use the portable path. The losses differ from those of one rank by bfloat16 rounding errors."""
     patch = FIRST_GRADIENTS + "from tinygrad2.kernels import onednn\nonednn.library = lambda: None\n"
     patch += "onednn.unavailable_reason = lambda: None\n"
     for name, ranks, more in (("1", 1, []), ("2", 2, []), ("z2", 2, ["--zero"]), ("r2", 2, ["--recompute", "block"])):
@@ -200,19 +201,19 @@ SampleOrder.indices = seen
 
 
 def test_a_run_on_four_ranks_resumes_on_one_two_or_three(user):
-    schedule = ["--lr-decay-iters", "26", "--warmup-iters", "2"]  # whose defaults depend on --max-iters
+    schedule = ["--lr-decay-iters", "26", "--warmup-iters", "2"]  # by default, they depend on --max-iters
     common = ["--batch-size", "1", "--total-batch-size", "192", "--dropout", "0.1", *schedule]
-    run(4, *common, "--max-iters", "26", "--out-dir", "whole", "--zero")
-    run(4, *common, "--max-iters", "6", "--out-dir", "cut", patch=SEEN)
-    whole = losses("whole")
-    assert len(whole) == 26
+    run(4, *common, "--max-iters", "26", "--out-dir", "complete", "--zero")
+    run(4, *common, "--max-iters", "6", "--out-dir", "stopped", patch=SEEN)
+    expected = losses("complete")
+    assert len(expected) == 26
     for ranks in (1, 2, 3):
         out = f"on-{ranks}"
-        shutil.copytree("cut", out)
-        for file in Path().glob("seen-cut-*"):
-            shutil.copy(file, file.name.replace("cut", out))
+        shutil.copytree("stopped", out)
+        for file in Path().glob("seen-stopped-*"):
+            shutil.copy(file, file.name.replace("stopped", out))
         run(ranks, "--max-iters", "26", "--out-dir", out, patch=SEEN)
-        np.testing.assert_allclose(losses(out), whole, rtol=1e-5)
+        np.testing.assert_allclose(losses(out), expected, rtol=1e-5)
         pairs = [map(int, line.split()) for file in Path().glob(f"seen-{out}-*") for line in file.open()]
         assert sorted(i for first, count in pairs for i in range(first, first + count)) == list(range(26 * 12))
 
@@ -226,11 +227,11 @@ def test_a_new_run_has_the_same_tokens_per_step_on_any_number_of_ranks(user):
         np.testing.assert_allclose(losses(f"n{ranks}"), losses("n1"), rtol=1e-9)
     out, _ = run(3, *common, "--out-dir", "n3")
     assert "batch      16 sequences per step do not divide among 3 ranks; 18 are used" in out
-    run(2, "--max-iters", "5", "--out-dir", "n4")  # on fewer ranks
+    run(2, "--max-iters", "5", "--out-dir", "n4")  # resumes on fewer ranks
     assert [row["tokens"] for row in read_log(Path("n4/log.jsonl"))][-1] == 5 * 256
 
 
-def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):
+def test_a_batch_that_cannot_be_divided_among_the_ranks_is_rejected(user):
     run(2, "--batch-size", "2", "--total-batch-size", "64", "--max-iters", "2")
     _, err = run(3, "--max-iters", "4", status=1)
     assert (
@@ -246,15 +247,15 @@ def test_a_batch_that_does_not_divide_is_rejected_with_the_arithmetic(user):
 
 def test_zero_can_be_turned_on_and_off_at_any_checkpoint(user):
     common = ["--batch-size", "1", "--total-batch-size", "64", "--lr-decay-iters", "8", "--dtype", "float64"]
-    run(1, *common, "--max-iters", "8", "--out-dir", "whole")
+    run(1, *common, "--max-iters", "8", "--out-dir", "expected")
     run(2, *common, "--max-iters", "2", "--out-dir", "a")
     for ranks, steps in ((4, "5"), (1, "6"), (2, "8")):
         run(ranks, "--max-iters", steps, "--out-dir", "a", "--zero")
-    assert distance(arrays("a"), arrays("whole")) < 1e-9
-    assert distance(arrays("a", "optimizer.safetensors"), arrays("whole", "optimizer.safetensors")) < 1e-9
+    assert distance(arrays("a"), arrays("expected")) < 1e-9
+    assert distance(arrays("a", "optimizer.safetensors"), arrays("expected", "optimizer.safetensors")) < 1e-9
 
 
-# Ranks that fail ------------------------------------------------------------------------------------------------------
+# Failing ranks --------------------------------------------------------------------------------------------------------
 
 LONG = ["--batch-size", "1", "--max-iters", "100000", "--save-interval", "2"]
 PIDS = "open(f'pid-{comm.rank}', 'w').write(str(os.getpid()))\n"
@@ -268,7 +269,7 @@ def pid_of(rank):
     return int(Path(f"pid-{rank}").read_text())
 
 
-def assert_goes_on(out="out"):
+def assert_resumes(out="out"):
     """Check that the last checkpoint is complete and that a run resumed from it continues."""
     folder, damaged = checkpoint.newest(Path(out))
     assert folder is not None
@@ -280,13 +281,13 @@ def assert_goes_on(out="out"):
 
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         ("RuntimeError('power cut')", "rank {rank} of 4:\nTraceback"),
         ("ValueError('data: a bad shard')", "train.py: error: data: a bad shard\n"),
     ],
 )
-def test_an_error_on_one_rank_ends_all_ranks_and_is_printed(user, rank, error, said):
+def test_an_error_on_one_rank_ends_all_ranks_and_is_printed(user, rank, error, expected):
     code = f"""
 indices = SampleOrder.indices
 def failing(self, first, count):
@@ -297,15 +298,15 @@ SampleOrder.indices = failing
 """
     began = time.monotonic()
     _, err = run(4, *LONG, patch=code, status=1, limit=60)
-    assert said.format(rank=rank) in err
-    assert err.count(error.split("'")[1]) <= 2  # once as the error, once in the source line in a traceback
+    assert expected.format(rank=rank) in err
+    assert err.count(error.split("'")[1]) <= 2  # in the error, and in the source line of a traceback
     assert time.monotonic() - began < 30
-    assert_goes_on()
+    assert_resumes()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
+def test_a_rank_that_is_killed_or_stopped_ends_all_ranks(user, rank, how):
     job = Job(4, *LONG, patch=PIDS)
     wait_for(lambda: steps_made() >= 5)
     os.kill(pid_of(rank), how)
@@ -316,30 +317,30 @@ def test_a_rank_that_is_killed_or_stopped_ends_all(user, rank, how):
         assert f"rank {rank} has not responded for" in err
     else:
         assert "signal 9" in err
-    assert_goes_on()
+    assert_resumes()
 
 
-def test_a_rank_that_computes_for_ever_is_reported_and_ends_all(user):
-    """Its heartbeat continues. Rank 0 waits for it in the same step, and reports that."""
+def test_a_rank_that_computes_forever_is_reported_and_ends_all_ranks(user):
+    """Its heartbeat continues. Rank 0 waits for it in the same step, and both ranks report that."""
     code = """
 indices = SampleOrder.indices
-def for_ever(self, first, count):
+def forever(self, first, count):
     while comm.rank == 1 and first >= 5 * 4:
         pass
     return indices(self, first, count)
-SampleOrder.indices = for_ever
+SampleOrder.indices = forever
 """
     _, err = run(2, *LONG, "--hang-timeout", "20", patch=code, status=1)
     for rank in (0, 1):
         assert f"rank {rank}: this step has taken" in err
-    assert "in for_ever" in err
+    assert "in forever" in err
     assert "in _await" in err
     assert "--hang-timeout is 20; ending the job. The last checkpoint is out/ckpt-" in err
-    assert_goes_on()
+    assert_resumes()
 
 
 def test_slow_saves_and_steps_are_not_failures(user):
-    """Rank 0 saves for six seconds and rank 1 computes for six: longer than the timeout here."""
+    """Rank 0 saves for six seconds and rank 1 computes for six, which is longer than the timeout in this test."""
     code = """
 distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0
 save, indices = checkpoint.write_json, SampleOrder.indices
@@ -354,11 +355,11 @@ def slow_step(self, first, count):
 checkpoint.write_json, SampleOrder.indices = slow_save, slow_step
 """
     run(2, "--batch-size", "1", "--max-iters", "3", "--save-interval", "2", patch=code)
-    assert_goes_on()
+    assert_resumes()
 
 
 def test_a_suspended_job_continues(user):
-    """After a suspension, by a laptop or a batch system, no rank considers the others dead."""
+    """After a laptop or a batch system has suspended the job, no rank considers another one dead."""
     job = Job(2, *LONG, patch=PIDS + "distributed.HEARTBEAT, distributed.TIMEOUT = 0.2, 3.0")
     wait_for(lambda: steps_made() >= 3)
     for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -383,7 +384,7 @@ def test_a_signal_makes_all_ranks_finish_the_step_and_save(user, to):
     step = steps_made()
     assert out.count("stopped after step") == 1
     assert checkpoint.newest(Path("out"))[0].name == checkpoint.name(step)
-    assert_goes_on()
+    assert_resumes()
 
 
 def test_terminating_mpirun_leaves_the_last_checkpoint_intact(user):
@@ -391,28 +392,31 @@ def test_terminating_mpirun_leaves_the_last_checkpoint_intact(user):
     wait_for(lambda: steps_made() >= 5)
     job.process.terminate()
     job.end(status=None)
-    assert_goes_on()
+    assert_resumes()
 
 
-@pytest.mark.parametrize("more", [[], ["--zero"]], ids=["whole", "zero"])
+@pytest.mark.parametrize("more", [[], ["--zero"]], ids=["replicated", "sharded"])
 def test_all_ranks_skip_the_step_if_one_has_a_nan(user, more):
     code = """
 from gpt2 import GPT2
+from gpt2.language_model import LanguageModel
 loss = GPT2.loss
 def broken(self, *args):
     result = loss(self, *args)
-    training = len(args) > 2 and args[2]  # evaluation gives no key
+    training = len(args) > 2 and args[2]  # evaluation passes no key
     return result * float("nan") if training and comm.rank == 1 and args[2].step == 2 else result
-GPT2.loss = broken
+GPT2.loss, GPT2.backward = broken, LanguageModel.backward
 """
     options = ["--batch-size", "1", "--max-iters", "6", *more]
-    said, _ = run(4, *options, patch=code)
-    assert said.count("step 3/6 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged") == 1
-    assert said.count("the first value that is not finite: ") == 1  # by rank 1
-    assert said.count("python -m gpt2.replay out/bad-step-3") == 1
+    output, _ = run(4, *options, patch=code)
+    assert (
+        output.count("step 3/6 | skipped: the loss is nan and the gradient's norm nan; the weights are unchanged") == 1
+    )
+    assert output.count("the first value that is not finite: ") == 1  # printed by rank 1
+    assert output.count("python -m gpt2.replay out/bad-step-3") == 1
     assert [loss is None for loss in losses("out")] == [False, False, True, False, False, False]
     keys = checkpoint.load_arrays(Path("out/bad-step-3/batch.safetensors"))["keys"]
-    assert keys.tolist() == [[2, 0], [2, 1], [2, 2], [2, 3]]  # of all ranks
+    assert keys.tolist() == [[2, 0], [2, 1], [2, 2], [2, 3]]  # the keys of all ranks
     _, err = run(4, *options, "--out-dir", "ended", "--max-bad-steps", "1", patch=code, status=1)
     assert err.count("step 3: the loss is nan and the gradient's norm nan; the step was skipped") == 1
     assert len(losses("ended")) == 3
@@ -448,7 +452,7 @@ def test_only_one_rank_prints_and_writes(user):
     assert all(0 < row["comm_seconds"] <= row["seconds"] for row in rows)
 
 
-def test_one_rank_prints_that_kernels_are_compiled(user):
+def test_only_one_rank_prints_that_kernels_are_compiled(user):
     patch = """
 from tinygrad2.backend import get_backend
 get_backend().kernels.gelu_forward(np.ones((2, 3, 4)), np.zeros(4))
@@ -467,7 +471,7 @@ def test_help_and_errors_are_printed_once(user):
     assert err.count("no such data set") == 1
 
 
-def test_each_rank_takes_its_share_of_the_cores(user):
+def test_each_rank_uses_its_share_of_the_cores(user):
     code = """
 from threadpoolctl import threadpool_info
 from tinygrad2 import threads
@@ -487,15 +491,15 @@ atexit.register(count)
         assert ("of this machine idle" in out) == (binding == "core" and cores > 2)
 
 
-def test_an_mpirun_of_another_mpi_is_rejected(user):
-    """MPICH's mpiexec starts a Python whose mpi4py uses Open MPI as several jobs of one rank."""
+def test_a_launcher_of_another_mpi_library_is_rejected(user):
+    """If MPICH's mpiexec starts processes whose mpi4py uses Open MPI, each process is a separate job of one rank."""
     _, err = run(2, "--max-iters", "1", launcher=[], env={"PMI_SIZE": "2", "PMI_RANK": "0"}, patch=None, status=1)
     assert "train.py: error: 2 ranks were started, but mpi4py's MPI (Open MPI" in err
     assert not Path("out").exists()
 
 
-def test_gradients_of_a_gpu_are_staged(user):
-    """Run on the stand-in for CuPy, which detects memory that is read or changed before its copy is done."""
+def test_gpu_gradients_are_staged_in_host_memory(user):
+    """Runs on the stand-in for CuPy, which detects memory that is read or changed before its copy has finished."""
     code = "from tests.stand_ins import strict_cupy\ncontext = strict_cupy.registered()\ncontext.__enter__()\n"
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8"]
     for more in ([], ["--zero"]):
@@ -505,8 +509,8 @@ def test_gradients_of_a_gpu_are_staged(user):
         shutil.rmtree("host"), shutil.rmtree("device")
 
 
-def test_gradients_go_from_gpu_to_gpu(user):
-    """Run on the stand-ins for CuPy and NCCL, which detect memory that is read, changed or freed during a sum."""
+def test_nccl_reduces_gradients_from_gpu_to_gpu(user):
+    """Runs on the stand-ins for CuPy and NCCL, which detect memory that is read, changed or freed during a sum."""
     code = """
 from mpi4py import MPI
 from tests.stand_ins import nccl as fake_nccl, strict_cupy
@@ -519,9 +523,9 @@ for context in contexts:
 """
     quick = ["--batch-size", "1", "--max-iters", "3", "--dropout", "0.1", "--block-size", "8", "--device", "cuda"]
     for more in ([], ["--zero"]):
-        for folder, said in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
+        for folder, path in (("host", "through host memory"), ("direct", "GPU to GPU (NCCL)")):
             out, _ = run(2, *quick, *more, "--out-dir", folder, patch=code.format(direct=folder == "direct"))
-            assert f"all-reduce {said}\n" in out
+            assert f"all-reduce {path}\n" in out
         np.testing.assert_allclose(losses("direct"), losses("host"), rtol=1e-6)
         assert distance(arrays("direct"), arrays("host")) < 1e-5
         shutil.rmtree("direct"), shutil.rmtree("host")
@@ -534,7 +538,7 @@ for context in contexts:
 def two_hosts(tmp_path):
     """(mpirun for two ranks on each of two hosts, a function that disconnects them, a function that counts bytes).
 
-    The hosts are network and host-name namespaces on this machine, connected by a virtual Ethernet cable.
+    Each host is a network namespace and a UTS namespace on this machine. A virtual Ethernet cable connects them.
     """
     names, wires = [f"tg{os.getpid()}{end}" for end in "ab"], [f"tg{os.getpid()}{end}" for end in "xy"]
     if not all(map(shutil.which, ("ip", "unshare"))):
@@ -572,7 +576,7 @@ def two_hosts(tmp_path):
             [*inside, MPIRUN, "--prtemca", "plm_ssh_agent", str(agent), *hosts],
             {
                 "cut": lambda: subprocess.run(["ip", "-n", names[0], "link", "set", wires[0], "down"], check=True),
-                # Every packet is lost: it is sent to an address that nobody has.
+                # Every packet is lost, because it is sent to an unused hardware address.
                 "stalled": lambda: subprocess.run([*stall, "dev", wires[0], "nud", "permanent"], check=True),
             },
             lambda: bytes_sent(names[0], wires[0]),
@@ -592,7 +596,7 @@ def bytes_sent(namespace, device):
     return int(next(line for line in table.splitlines() if device in line).split(":")[1].split()[8])
 
 
-def test_two_hosts_compute_what_one_computes(user, two_hosts):
+def test_two_hosts_compute_the_same_results_as_one(user, two_hosts):
     launcher, _, sent = two_hosts
     hosts = "print(os.uname().nodename, file=open(f'host-{comm.rank}', 'w'))"
     for more in ([], ["--zero"]):
@@ -607,7 +611,7 @@ def test_two_hosts_compute_what_one_computes(user, two_hosts):
 
 @pytest.mark.parametrize("how", ["cut", "stalled"])
 def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
-    """mpirun keeps waiting for the daemon that it can no longer reach, so the test ends it."""
+    """mpirun keeps waiting for a daemon that it can no longer reach, so the test kills it."""
     launcher, breaks, _ = two_hosts
     job = Job(4, *LONG, launcher=launcher, patch=PIDS)
     wait_for(lambda: steps_made() >= 5)
@@ -617,11 +621,13 @@ def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
     print(f"{how}: all ranks ended after {time.monotonic() - began:.1f} s")
     _, err = job.kill()
     assert "has not responded for" in err
-    assert_goes_on()
+    assert_resumes()
 
 
-def test_the_record_of_a_start_has_the_command_with_mpirun():
+def test_the_recorded_command_includes_mpirun():
     program = "from gpt2.training.display import typed_command; print(typed_command(None, 2))"
     command = [MPIRUN, "-n", "2", "--oversubscribe", sys.executable, "-c", program]
-    told = subprocess.run(command, env=ENV, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
-    assert told == [shlex.join(["mpirun", *command[1:]])] * 2
+    recorded = subprocess.run(
+        command, env=ENV, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.splitlines()
+    assert recorded == [shlex.join(["mpirun", *command[1:]])] * 2

@@ -26,14 +26,14 @@ def call(*command, cwd, env=None, status=0):
 
 
 def environment(python):
-    """Environment variables without this process's packages and the repository, with this Python first on the PATH."""
+    """The environment without this process's packages and the repository, and with `python` first on PATH."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {**kept, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(the sdist, the wheel that is built from it)."""
+    """(the sdist, the wheel built from it)."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     skip = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "out*", "*.egg-info", "build", "dist", ".venv")
@@ -61,7 +61,7 @@ def installed(built, tmp_path_factory):
     return python
 
 
-def test_the_sdist_is_whole(built):
+def test_the_sdist_contains_all_tracked_files(built):
     with tarfile.open(built[0]) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
@@ -70,7 +70,7 @@ def test_the_sdist_is_whole(built):
     assert {"train.py", "sample.py", "data/prepare.py", "checkpoint/config.json"} <= names
 
 
-def test_the_wheel_has_two_packages_and_the_scripts_in_one_of_them(built):
+def test_the_wheel_contains_both_packages_and_the_scripts(built):
     with zipfile.ZipFile(built[1]) as archive:
         names = archive.namelist()
         train = archive.read("gpt2/train.py").decode()
@@ -85,33 +85,33 @@ def test_the_wheel_has_two_packages_and_the_scripts_in_one_of_them(built):
     assert "from data" not in train
 
 
-def test_the_wheel_prepares_trains_and_samples(installed, tmp_path):
+def test_the_wheel_can_prepare_data_train_and_sample(installed, tmp_path):
     env = environment(installed)
     (tmp_path / "my.txt").write_text("".join(f"{i} times {i + 1} is {i * (i + 1)}\n" for i in range(2000)))
     module = [installed, "-m"]
-    said = call(*module, "gpt2.prepare", "my.txt", "--tokenizer", "bytes", cwd=tmp_path, env=env)
-    assert "next: python -m gpt2.train --data my" in said
+    output = call(*module, "gpt2.prepare", "my.txt", "--tokenizer", "bytes", cwd=tmp_path, env=env)
+    assert "next: python -m gpt2.train --data my" in output
     quick = ["--data", "my", "--max-iters", "3", "--eval-iters", "1", "--threads", "1"]
-    said += call(*module, "gpt2.train", *quick, cwd=tmp_path, env=env)
-    assert "next: python -m gpt2.sample --checkpoint out" in said
-    said += call(*module, "gpt2.train", cwd=tmp_path, env=env)
-    said += call(*module, "gpt2.train", "--lr", "1", cwd=tmp_path, env=env, status=2)
-    assert "gpt2.train: error: unknown option --lr" in said
-    said += call(*module, "gpt2.sample", "-p", "7 times", "-m", "5", cwd=tmp_path, env=env)
-    assert "model: out/ckpt-000003" in said
-    said += call(*module, "gpt2.evaluate", "out", "--data", "my", cwd=tmp_path, env=env)
-    said += call(*module, "gpt2.train", "--data", "none", "--fresh", cwd=tmp_path, env=env, status=1)
-    said += call(*module, "gpt2.doctor", cwd=tmp_path, env=env)
-    assert "to train on this machine: python -m gpt2.train" in said
-    assert MESSAGES_OF_FILES.findall(said) == []
-    assert str(ROOT) not in said
-    for file in re.findall(r"(/[\w./-]+\.(?:py|toml))\b", said):
+    output += call(*module, "gpt2.train", *quick, cwd=tmp_path, env=env)
+    assert "next: python -m gpt2.sample --checkpoint out" in output
+    output += call(*module, "gpt2.train", cwd=tmp_path, env=env)
+    output += call(*module, "gpt2.train", "--lr", "1", cwd=tmp_path, env=env, status=2)
+    assert "gpt2.train: error: unknown option --lr" in output
+    output += call(*module, "gpt2.sample", "-p", "7 times", "-m", "5", cwd=tmp_path, env=env)
+    assert "model: out/ckpt-000003" in output
+    output += call(*module, "gpt2.evaluate", "out", "--data", "my", cwd=tmp_path, env=env)
+    output += call(*module, "gpt2.train", "--data", "none", "--fresh", cwd=tmp_path, env=env, status=1)
+    output += call(*module, "gpt2.doctor", cwd=tmp_path, env=env)
+    assert "to train on this machine: python -m gpt2.train" in output
+    assert MESSAGES_OF_FILES.findall(output) == []
+    assert str(ROOT) not in output
+    for file in re.findall(r"(/[\w./-]+\.(?:py|toml))\b", output):
         assert Path(file).exists(), file
 
 
-def test_versions(installed, tmp_path):
+def test_the_installed_version_is_correct(installed, tmp_path):
     assert gpt2.__version__ == tinygrad2.__version__
     printed = "gpt2.__version__, tinygrad2.__version__, m.version('tinygrad2')"
     code = f"import gpt2, tinygrad2, importlib.metadata as m; print({printed})"
-    said = call(installed, "-c", code, cwd=tmp_path, env=environment(installed))
-    assert said.split() == 3 * [tinygrad2.__version__]
+    output = call(installed, "-c", code, cwd=tmp_path, env=environment(installed))
+    assert output.split() == 3 * [tinygrad2.__version__]

@@ -1,4 +1,4 @@
-"""README's reading list: the files exist, the line counts are correct, and the total is limited.
+"""The reading list in README.md: its files exist, its line counts are correct, and its total is limited.
 
 `python tests/test_reading_path.py` updates the line counts in README.md.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 LIMIT = 3000  # maximum number of lines in all files on the list
-ROW = re.compile(r"^ *[\d,]+ ((?:tinygrad2|gpt2)/\S+|train\.py)( .*)?$", re.MULTILINE)  # lines, file, what it is
+ROW = re.compile(r"^ *[\d,]+ ((?:tinygrad2|gpt2)/\S+|train\.py)( .*)?$", re.MULTILINE)  # lines, file, description
 TOTAL = re.compile(r"^ *[\d,]+ lines$", re.MULTILINE)
 
 
@@ -30,19 +30,19 @@ def counted(text):
     return TOTAL.sub(f"{total:6,} lines", text)
 
 
-def test_it_is_short():
+def test_the_reading_list_is_short():
     files = [row[1] for row in ROW.finditer(listing())]
-    assert len(files) == len(listing().splitlines()) - 1  # and the total
+    assert len(files) == len(listing().splitlines()) - 1  # the last line is the total
     assert "tinygrad2/reference.py" in files
     assert "train.py" in files
     assert sum(map(count, files)) <= LIMIT
 
 
-def test_the_lines_are_counted():
+def test_the_line_counts_are_correct():
     assert listing() == counted(listing()), "README.md: run python tests/test_reading_path.py"
 
 
-def test_the_math_is_short():
+def test_reference_is_short():
     assert count("tinygrad2/reference.py") < 850
 
 

@@ -1,4 +1,4 @@
-"""sample.py, as a user runs it."""
+"""sample.py as a user runs it."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def run(capsys, *options, code=0):
     return capsys.readouterr()
 
 
-def test_it_prints_the_model_that_it_uses(user, capsys):
+def test_the_model_in_use_is_printed(user, capsys):
     assert "sampling from an untrained model" in run(capsys, "-m", "2").err
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000010")
@@ -54,12 +54,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(user, capsys):
     save_model("out/ckpt-000001")
     save_model("out/ckpt-000002")
     (user / "out/ckpt-000002/config.json").write_text("{}")
-    said = run(capsys, "-m", "2").err
-    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in said
-    assert "model: out/ckpt-000001" in said
+    output = run(capsys, "-m", "2").err
+    assert "skipping a damaged checkpoint: out/ckpt-000002/config.json" in output
+    assert "model: out/ckpt-000001" in output
 
 
-def test_the_prompt_is_continued_and_the_seed_decides(user, capsys):
+def test_the_prompt_is_continued_and_the_seed_determines_the_text(user, capsys):
     save_model("checkpoint")
     first = run(capsys, "-p", "Hello", "-m", "40", "--seed", "3").out
     assert first.startswith("Hello")
@@ -69,7 +69,7 @@ def test_the_prompt_is_continued_and_the_seed_decides(user, capsys):
     assert run(capsys, "-p", "Hello", "-m", "0").out == "Hello\n"
 
 
-def test_every_option_in_both_spellings(user, capsys):
+def test_short_and_long_options_are_equivalent(user, capsys):
     save_model("checkpoint")
     short = ["-p", "x", "-m", "5", "-n", "2", "-t", "0.7", "-k", "9", "--top-p", "0.9", "--seed", "1", "--stop", "qq"]
     long = ["--prompt", "x", "--max_tokens", "5", "--samples", "2", "--temperature", "0.7", "--top_k", "9"]
@@ -77,7 +77,7 @@ def test_every_option_in_both_spellings(user, capsys):
     assert run(capsys, *short).out == run(capsys, *long).out
 
 
-def test_several_samples_are_printed_in_order_and_the_first_does_not_depend_on_their_number(user, capsys):
+def test_samples_are_printed_in_order_and_the_first_one_does_not_depend_on_their_number(user, capsys):
     save_model("checkpoint")
     one = run(capsys, "-p", "x", "-m", "30").out
     three = run(capsys, "-p", "x", "-m", "30", "-n", "3").out
@@ -88,18 +88,18 @@ def test_several_samples_are_printed_in_order_and_the_first_does_not_depend_on_t
     assert all(part.startswith("x") for part in parts[1:])
 
 
-def test_greedy_text_beyond_the_context(user, capsys):
+def test_greedy_text_longer_than_the_context(user, capsys):
     model = save_model("checkpoint")
-    said = run(capsys, "-p", "ab", "-m", "100", "-t", "0").out
+    output = run(capsys, "-p", "ab", "-m", "100", "-t", "0").out
     (expected,) = model.generate(list(b"ab"), 100, stop=256, temperature=0)
-    assert said == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
+    assert output == "ab" + bytes(expected).decode("utf-8", "replace") + "\n"
 
 
 def test_a_prompt_longer_than_the_context_is_reported(user, capsys):
     save_model("checkpoint")
     assert run(capsys, "-p", 32 * "a", "-m", "2").err == "model: checkpoint\n"
-    said = run(capsys, "-p", 33 * "a", "-m", "2").err
-    assert said == "model: checkpoint\nthe prompt has 33 tokens; the model reads only the last 32\n"
+    output = run(capsys, "-p", 33 * "a", "-m", "2").err
+    assert output == "model: checkpoint\nthe prompt has 33 tokens; the model reads only the last 32\n"
 
 
 def test_a_stop_string_ends_the_text(user, capsys):
@@ -115,7 +115,7 @@ def test_an_empty_prompt_starts_from_end_of_text(user, capsys):
     assert run(capsys, "-m", "20", "-t", "0").out == bytes(expected).decode("utf-8", "replace") + "\n"
 
 
-def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
+def test_bfloat16_weights_are_reported_and_used(user, capsys):
     assert "an untrained model, weights in bfloat16\n" in run(capsys, "-m", "2", "--dtype", "bfloat16").err
     model = save_model("checkpoint")
     for p in model.parameters():  # larger, so that rounding has an effect
@@ -134,7 +134,7 @@ def test_weights_in_bfloat16_are_reported_and_read(user, capsys):
     assert texts["bfloat16"].out != texts["float32"].out
 
 
-def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
+def test_bfloat16_weights_require_the_kernels_on_a_device(user, capsys):
     save_model("checkpoint")
     with strict_cupy.registered():
         lines = run(capsys, "-p", "x", "--device", "cuda", "--dtype", "bfloat16", code=1).err.splitlines()
@@ -162,7 +162,7 @@ def test_weights_in_bfloat16_need_the_kernels_on_a_device(user, capsys):
         (["-m", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_a_wrong_option_gets_one_line(user, capsys, options, message):
+def test_an_invalid_option_gives_a_one_line_error(user, capsys, options, message):
     with pytest.raises(SystemExit) as end:
         sample.main(options)
     assert end.value.code == 2
@@ -197,7 +197,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line(user, capsys, case):
+def test_bad_input_gives_a_one_line_error(user, capsys, case):
     change, options, message = BAD[case]
     if change:
         change(user)
@@ -206,8 +206,8 @@ def test_bad_input_gets_one_line(user, capsys, case):
     assert all(line.startswith(("sample.py: error: ", "model: ")) for line in lines)
 
 
-def test_text_streams(user):
-    """The first characters are printed long before the last."""
+def test_text_is_streamed(user):
+    """The first characters are printed long before the last ones."""
     save_model("checkpoint")
     command = [sys.executable, "-u", ROOT / "sample.py", "-p", "abc", "-m", "100000"]
     process = subprocess.Popen(
@@ -255,7 +255,7 @@ def test_an_empty_sample_is_reported(user, capsys, monkeypatch, pieces, options,
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_on_a_terminal_text_is_wrapped_and_control_characters_are_visible(user):
+def test_on_a_terminal_text_is_wrapped_and_control_characters_are_escaped(user):
     save_model("checkpoint")
     ours, theirs = os.openpty()
     command = [sys.executable, ROOT / "sample.py", "-p", 12 * "words and " + "\x1b[31m", "-m", "0"]
@@ -267,7 +267,7 @@ def test_on_a_terminal_text_is_wrapped_and_control_characters_are_visible(user):
     assert lines == 3 * ["words and words and words and words and"] + ["\\x1b[31m"]
 
 
-def test_a_padded_vocabulary_is_never_chosen(user, capsys):
+def test_padding_tokens_are_never_sampled(user, capsys):
     model = GPT2(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2))
     model.wte.weight.data[257:] *= 50
     model.save_pretrained("checkpoint")
@@ -282,7 +282,7 @@ def test_nan_weights_are_reported(user, capsys):
     assert "the model's logits are not finite numbers" in run(capsys, "-p", "x", "-t", "0", code=1).err
 
 
-def test_a_closed_pipe_ends_it_silently(user):
+def test_sampling_ends_silently_when_the_pipe_is_closed(user):
     save_model("checkpoint")
     command = [sys.executable, ROOT / "sample.py", "-p", "abc", "-m", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)})
@@ -293,25 +293,25 @@ def test_a_closed_pipe_ends_it_silently(user):
     assert process.wait(60) == 0
 
 
-def test_too_many_samples_for_memory_are_rejected_with_the_number_that_fits(user, capsys, monkeypatch):
+def test_too_many_samples_for_the_memory_are_rejected_with_the_number_that_fits(user, capsys, monkeypatch):
     save_model("checkpoint")
     monkeypatch.setattr(machine, "memory", lambda: (5e6, 20e6))
     monkeypatch.setattr(sample, "stream_text", lambda *arguments, **options: iter(()))
     # 10 positions with 2 x 16 values, 3 prompt tokens with 19 x 16 values, 257 logits: 7,241 bytes per sample.
-    said = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
-    assert said.out == ""
-    assert said.err.splitlines()[1:] == [
+    output = run(capsys, "-p", "abc", "-m", "7", "-n", "1000000", code=1)
+    assert output.out == ""
+    assert output.err.splitlines()[1:] == [
         "sample.py: error: out of memory: 1,000,000 samples of 10 tokens need 1.28 keys and values + 3.65 activations "
         "+ 2.31 logits = 7.24 GB; 0.01 of 0.02 GB are free; -n 621 fits"
     ]
     run(capsys, "-p", "abc", "-m", "7", "-n", "621")
     monkeypatch.setattr(machine, "memory", lambda: (1e3, 20e6))
     assert "not even one fits: use a smaller --max-tokens" in run(capsys, "-p", "abc", code=1).err
-    monkeypatch.setattr(machine, "memory", lambda: None)  # not reported by the system
+    monkeypatch.setattr(machine, "memory", lambda: None)  # the system does not report its memory
     run(capsys, "-p", "abc", "-n", "1000")
 
 
-# Model files of other programs
+# Model files from other programs
 
 
 def greedy(capsys, *options):
@@ -340,7 +340,7 @@ def test_pt_files_in_checkpoint_and_out_are_found(user, capsys):
     assert greedy(capsys).err == "model: checkpoint/gpt2.pt\n"
 
 
-def test_added_tokens_in_the_prompt_and_an_end_token_of_its_own(user, capsys):
+def test_added_tokens_in_the_prompt_and_a_custom_end_token(user, capsys):
     """The model always generates the added token 258, which is its end token."""
     model = save_model("checkpoint", vocab_size=259, tokenizer=None)
     Tokenizer.load("bytes").save_hugging_face(Path("checkpoint"), 32)
@@ -366,10 +366,10 @@ def test_the_damaged_tensor_is_named(user, capsys, value):
     model.h[0].ln_1.bias.data = values
     model.save_pretrained("damaged")
     Path("damaged/manifest.json").unlink()
-    said = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
+    output = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
     found = "its weights are damaged: parameter h.0.ln_1.bias [3] is "
     error = "sample.py: error: generate: the model's logits are not finite numbers"
-    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in said
+    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in output
 
 
 # Sources of the prompt
@@ -408,17 +408,17 @@ def interactive(monkeypatch, capsys, lines, *options, code=0):
     return run(capsys, "-i", "-m", "4", "-t", "0", *options, code=code)
 
 
-def test_interactive(user, capsys, monkeypatch):
+def test_an_interactive_session(user, capsys, monkeypatch):
     save_model("checkpoint")
     texts = [run(capsys, "-p", prompt, "-m", "4", "-t", "0").out for prompt in ("first", "one", "two")]
-    said = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
-    assert said.out == "".join(texts)
-    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in said.err
+    output = interactive(monkeypatch, capsys, ["one", "two"], "-p", "first")
+    assert output.out == "".join(texts)
+    assert "type a prompt and Enter; an empty line begins a new text, Ctrl-D ends" in output.err
     assert interactive(monkeypatch, capsys, ["one", "two"]).out == "".join(texts[1:])
     assert "interrupted" in interactive(monkeypatch, capsys, [KeyboardInterrupt], code=130).err
 
 
-def test_control_c_ends_a_text_and_not_the_session(user, capsys, monkeypatch):
+def test_control_c_ends_the_text_but_not_the_session(user, capsys, monkeypatch):
     save_model("checkpoint")
     expected = run(capsys, "-p", "two", "-m", "4", "-t", "0").out
     original = sample.print_samples
@@ -432,7 +432,7 @@ def test_control_c_ends_a_text_and_not_the_session(user, capsys, monkeypatch):
     assert interactive(monkeypatch, capsys, ["one", "two"]).out == expected
 
 
-def test_the_same_prompt_gives_another_text_when_typed_again(user, capsys, monkeypatch):
+def test_repeating_a_prompt_gives_a_different_text(user, capsys, monkeypatch):
     save_model("checkpoint")
     first, second = interactive(monkeypatch, capsys, ["one", "one"], "-t", "2", "-m", "12").out.splitlines()[:2]
     assert first != second

@@ -1,4 +1,4 @@
-"""train.py, as a user runs it: from start to end, resumed after a crash, and its report."""
+"""train.py as a user runs it: complete runs, resuming after a crash, and the report."""
 
 import re
 import subprocess
@@ -20,16 +20,16 @@ from tinygrad2 import checkpoint
 
 
 def interrupt_at(monkeypatch, position, error):
-    """Make the data loader fail at this sample."""
-    whole = SampleOrder.indices
+    """Make the data loader fail at this sample. Returns a function that undoes the change."""
+    original = SampleOrder.indices
 
     def indices(self, first, count):
         if first == position:
             raise error
-        return whole(self, first, count)
+        return original(self, first, count)
 
     monkeypatch.setattr(SampleOrder, "indices", indices)
-    return lambda: monkeypatch.setattr(SampleOrder, "indices", whole)
+    return lambda: monkeypatch.setattr(SampleOrder, "indices", original)
 
 
 @pytest.mark.parametrize(
@@ -40,33 +40,33 @@ def interrupt_at(monkeypatch, position, error):
     ],
 )
 def test_a_crashed_run_resumes_bit_identically(workspace, monkeypatch, capsys, more):
-    run("--max-iters", "9", "--save-interval", "3", "--out-dir", "whole", *more)
+    run("--max-iters", "9", "--save-interval", "3", "--out-dir", "complete", *more)
     per_step = 6 if more else 2
-    mend = interrupt_at(monkeypatch, 7 * per_step, RuntimeError("power cut"))
+    restore = interrupt_at(monkeypatch, 7 * per_step, RuntimeError("power cut"))
     with pytest.raises(RuntimeError, match="power cut"):
-        run("--max-iters", "9", "--save-interval", "3", "--out-dir", "cut", *more)
-    assert [row["step"] for row in rows("cut")] == [1, 2, 3, 4, 5, 6, 7]
-    mend()
-    assert train.main(["--out-dir", "cut"]) == 0  # no other option, since the run stores its options
-    assert "resuming from cut/ckpt-000006, step 6" in capsys.readouterr().out
-    assert_same_run("whole", "cut")
+        run("--max-iters", "9", "--save-interval", "3", "--out-dir", "crashed", *more)
+    assert [row["step"] for row in rows("crashed")] == [1, 2, 3, 4, 5, 6, 7]
+    restore()
+    assert train.main(["--out-dir", "crashed"]) == 0  # the run has stored its other options
+    assert "resuming from crashed/ckpt-000006, step 6" in capsys.readouterr().out
+    assert_same_run("complete", "crashed")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_bit_identically(workspace, capsys, optimizer):
     given = ["--optimizer", optimizer, "--dropout", "0.1", "--learning-rate", "1e-2", "--lr-decay-iters", "6"]
-    run("--out-dir", "whole", "--max-iters", "6", *given)
-    run("--out-dir", "cut", "--max-iters", "3", *given)
-    assert train.main(["--out-dir", "cut", "--max-iters", "6", "--profile"]) == 0
+    run("--out-dir", "complete", "--max-iters", "6", *given)
+    run("--out-dir", "resumed", "--max-iters", "3", *given)
+    assert train.main(["--out-dir", "resumed", "--max-iters", "6", "--profile"]) == 0
     assert re.search(rf" ms \| {optimizer} [\d,]+ ms \| ", capsys.readouterr().out)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, cut = (Path(out, "ckpt-000006", name).read_bytes() for out in ("whole", "cut"))
-        assert whole == cut, name
-    assert read_log(Path("whole/log.jsonl"))[-1]["loss"] < read_log(Path("whole/log.jsonl"))[0]["loss"]
+        complete, resumed = (Path(out, "ckpt-000006", name).read_bytes() for out in ("complete", "resumed"))
+        assert complete == resumed, name
+    assert read_log(Path("complete/log.jsonl"))[-1]["loss"] < read_log(Path("complete/log.jsonl"))[0]["loss"]
 
 
 @pytest.mark.slow
-def test_shards_of_another_program_are_trained_on_directly(workspace, gpt2_files, capsys):
+def test_training_reads_shards_of_another_program_directly(workspace, gpt2_files, capsys):
     (workspace / "data" / "theirs").mkdir()
     for split in ("train", "val"):
         Tokenizer.load("gpt2").encode(TEXT).astype("<u2").tofile(workspace / "data" / "theirs" / f"{split}.bin")
@@ -81,14 +81,14 @@ def test_a_finished_run_is_reported_and_can_be_continued(workspace, capsys):
     run("--max-iters", "2")
     capsys.readouterr()
     assert train.main([]) == 0
-    said = capsys.readouterr().out
-    assert "the run in out/ is already finished (2 steps)" in said
-    assert "--max-iters 4 continues it, --fresh starts a new run" in said
+    output = capsys.readouterr().out
+    assert "the run in out/ is already finished (2 steps)" in output
+    assert "--max-iters 4 continues it, --fresh starts a new run" in output
     assert train.main(["--max-iters", "4"]) == 0
     assert [row["step"] for row in rows("out")] == [1, 2, 3, 4]
 
 
-def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
+def test_the_report_shows_the_complete_run_after_a_resume(workspace, capsys):
     run("--max-iters", "6")
     assert "report: out/report.html (curves and samples)" in capsys.readouterr().out
     run("--max-iters", "12", "--batch-size", "4", "--total-batch-size", "64")
@@ -110,7 +110,7 @@ def test_the_report_shows_the_whole_run_also_after_a_resume(workspace, capsys):
     assert 'http-equiv="refresh"' not in page
 
 
-def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(workspace, monkeypatch):
+def test_the_report_is_written_at_the_start_after_evaluations_and_when_stopped(workspace, monkeypatch):
     steps = []
     page = report.report_page
     monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
@@ -123,7 +123,7 @@ def test_the_report_is_written_at_the_start_at_evaluations_and_when_stopped(work
     assert steps == [0, 4, 8, 10, 10, 11]
 
 
-def test_the_report_of_slow_steps_is_written_between_evaluations(workspace, monkeypatch):
+def test_with_slow_steps_the_report_is_also_written_between_evaluations(workspace, monkeypatch):
     steps = []
     page = report.report_page
     monkeypatch.setattr(report, "report_page", lambda run, *rest: steps.append(run.step) or page(run, *rest))
@@ -133,7 +133,7 @@ def test_the_report_of_slow_steps_is_written_between_evaluations(workspace, monk
     assert steps == [0, 1, 2, 3]
 
 
-def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypatch):
+def test_an_error_in_the_report_does_not_stop_the_run(workspace, capsys, monkeypatch):
     monkeypatch.setattr(report, "report_page", lambda *given: 1 / 0)
     run("--max-iters", "4")
     assert "out/report.html was not written: ZeroDivisionError: division by zero" in capsys.readouterr().out
@@ -141,10 +141,10 @@ def test_an_error_in_the_report_does_not_end_the_run(workspace, capsys, monkeypa
 
 def test_help_needs_no_data_and_is_fast():
     began = time.perf_counter()
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert "--batch-size" in said
+    assert "--batch-size" in output
     assert time.perf_counter() - began < 10
 
 

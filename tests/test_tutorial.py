@@ -1,6 +1,6 @@
-"""docs/tutorial/: its python blocks, in the order of the pages, are one program, and print what the pages say.
+"""docs/tutorial/: the Python blocks of all pages form one program, which prints the output that the pages show.
 
-`python -m tests.test_tutorial 4` prints the program of the pages 1 to 4.
+`python -m tests.test_tutorial 4` prints the program formed by pages 1 to 4.
 """
 
 import __future__
@@ -31,29 +31,29 @@ SPEED = re.compile(r"[\d,]+ tokens/s")
 
 
 def program(pages=None):
-    """The python blocks of the first pages, or of all."""
+    """The Python blocks of the first pages, or of all pages."""
     return [block for page in TUTORIAL[:pages] for block in blocks(page) if block.language == "python"]
 
 
 def own():
-    """The blocks that are not part of examples/gpt2_in_one_file.py: checks, and what they need."""
+    """The blocks that are not part of examples/gpt2_in_one_file.py: checks and their helpers."""
     return [block for block in program() if "quotes" not in block.options]
 
 
 def differs(printed, expected):
-    """The first thing printed that is not what a page says; None if there is none.
+    """A description of the first difference between the printed and the expected output, or None.
 
-    Numbers with a decimal point may differ by 2 %, because the rounding errors of training grow; rounding errors
-    themselves, below 1e-8, may be of any size; speeds are not compared.
+    Numbers with a decimal point may differ by 2 %, because rounding errors grow during training. Numbers below 1e-8 are
+    rounding errors and may have any value. Speeds are not compared.
     """
     printed, expected = SPEED.sub("tokens/s", printed), SPEED.sub("tokens/s", expected)
     if [text.split() for text in NUMBER.split(printed)] != [text.split() for text in NUMBER.split(expected)]:
         return f"printed {printed!r}; the page says {expected!r}"
-    for found, said in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
-        a, b = (float(number.replace(",", "")) for number in (found, said))
-        exact = not {".", "e"} & {*found, *said}
+    for found, shown in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
+        a, b = (float(number.replace(",", "")) for number in (found, shown))
+        exact = not {".", "e"} & {*found, *shown}
         if a != b and (exact or max(abs(a), abs(b)) > 1e-8) and (exact or not math.isclose(a, b, rel_tol=0.02)):
-            return f"printed {found}; the page says {said}, in {expected!r}"
+            return f"printed {found}; the page says {shown}, in {expected!r}"
     return None
 
 
@@ -65,10 +65,10 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run():
-    """The program, run block by block as a file in examples/."""
+    """The program, executed block by block as if it were a file in examples/."""
     module = types.ModuleType("tutorial")
     module.__file__ = str(EXAMPLE.with_name("mine.py"))
-    sys.modules["tutorial"] = module  # dataclasses look there
+    sys.modules["tutorial"] = module  # where dataclasses look up the module
     printed = {}
     try:
         with threadpool_limits(1):
@@ -84,7 +84,7 @@ def run():
 
 
 def with_outputs(page):
-    """Each python block of a page, and the text block that shows what it prints, or None."""
+    """Each Python block of a page, with the text block that shows its output, or None."""
     found = blocks(page)
     for block, following in zip(found, [*found[1:], None], strict=True):
         if block.language == "python":
@@ -93,7 +93,7 @@ def with_outputs(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIAL, ids=lambda page: page.stem)
-def test_a_page_prints_what_it_says(page, run):
+def test_the_program_prints_the_output_shown_on_the_page(page, run):
     for block, output in with_outputs(page):
         printed = run.printed[block.name]
         if output is None:
@@ -104,7 +104,7 @@ def test_a_page_prints_what_it_says(page, run):
             assert differs(printed, output.code) is None, f"{block.name}: {differs(printed, output.code)}"
 
 
-def test_wrong_output_is_found():
+def test_wrong_output_is_detected():
     text = "gelu: largest difference 3.6e-11\nstep 10  loss 3.455  710 tokens/s\n[0.  0.5]"
     assert differs(text, text) is None
     for old, new in (("3.6e-11", "9.9e-09"), ("3.455", "3.456"), ("710", "1,710"), ("0.  0.5", "0.0 0.500")):
@@ -132,17 +132,17 @@ def test_each_page_ends_with_a_check_and_exercises():
         assert "## The check\n" in page or page == [*text.values()][-1], name
 
 
-# The program is examples/gpt2_in_one_file.py.
+# Comparison with examples/gpt2_in_one_file.py
 
 
-def test_the_quoted_blocks_are_the_whole_example():
+def test_the_quoted_blocks_form_the_complete_example():
     quoted = [s for block in program() if "quotes" in block.options for s in statements(block.code)]
     assert all(block.options.get("quotes", EXAMPLE.name).endswith(EXAMPLE.name) for block in program())
     assert sorted(quoted) == sorted(statements(EXAMPLE.read_text(encoding="utf-8")))
 
 
 def names_of(code):
-    """The names that a piece of code defines outside of functions and classes, imports aside."""
+    """The names that a piece of code defines at module level, except imports."""
     for node in ast.parse(code).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -150,7 +150,7 @@ def names_of(code):
             yield from (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
 
 
-def test_the_checks_replace_no_part_of_the_example():
+def test_the_checks_do_not_redefine_names_of_the_example():
     parts = set(names_of(EXAMPLE.read_text(encoding="utf-8")))
     assert "Tensor" in parts
     for block in own():
@@ -158,7 +158,7 @@ def test_the_checks_replace_no_part_of_the_example():
 
 
 @pytest.mark.slow
-def test_the_program_computes_what_the_example_and_the_engine_compute(run):
+def test_the_program_the_example_and_the_engine_compute_the_same(run):
     mine, engine = run.module, GPT2.from_pretrained(ROOT / "checkpoint", dtype="float64")
     config = {name: getattr(engine.config, name) for name in one_file.Config.__dataclass_fields__}
     values = {name: p.numpy() for name, p in engine.named_parameters()}
@@ -182,7 +182,7 @@ def test_the_program_computes_what_the_example_and_the_engine_compute(run):
         assert np.abs(results[0][2][name] - p.grad).max() < 1e-12 * largest, name
 
 
-# The pictures.
+# Pictures
 
 
 def picture_names():
@@ -204,7 +204,7 @@ def test_every_picture_is_shown_once_with_a_description():
 @pytest.mark.slow
 @pytest.mark.extras("matplotlib")
 @pytest.mark.parametrize("name", picture_names())
-def test_the_script_draws(name, tmp_path):
+def test_the_script_draws_the_picture(name, tmp_path):
     spec = importlib.util.spec_from_file_location("tutorial_pictures", FOLDER / "pictures.py")
     pictures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pictures)
@@ -214,13 +214,13 @@ def test_the_script_draws(name, tmp_path):
     drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
     kept = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert pictures.drawing.STYLE in drawn
-    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the colour of the paper is a variable
+    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background colour is a CSS variable
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (drawn, kept)]
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("pages", [1, len(TUTORIAL)])
-def test_the_program_is_printed_as_one_file(pages, capsys):
+def test_main_prints_the_program_as_one_file(pages, capsys):
     main(pages)
     printed = ast.parse(capsys.readouterr().out)
     compile(printed, "mine.py", "exec")

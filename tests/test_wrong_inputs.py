@@ -57,7 +57,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("data.prepare", "a.txt --val-fraction 5", "--val-fraction is 5.0; expected 0 < fraction < 1"),
     ("data.prepare", "a.txt --encoding utf8mb4", "--encoding utf8mb4: unknown; expected a name that Python knows"),
     ("data.prepare", "a.csv --delimiter comma", "--delimiter is 'comma'; expected one character, or tab"),
-    # Files that are missing, damaged, or of another kind.
+    # Files that are missing, damaged, or of the wrong kind.
     ("train", "--data nowhere", "data 'nowhere': no such data set (data/ contains text); prepare one with"),
     ("train", "--data text --init nowhere", "nowhere: no such file or folder; expected a model"),
     ("train", "--config nowhere.toml", "nowhere.toml: No such file or directory"),
@@ -65,7 +65,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("sample", "--checkpoint lfs", "git lfs pull"),
     ("sample", "--checkpoint model --prompt-file latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); convert"),
     ("sample", "--checkpoint model --prompt-file nowhere.txt", "nowhere.txt: No such file or directory"),
-    ("data.prepare", "latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); name the --encoding, such as cp1252"),
+    ("data.prepare", "latin.txt", "latin.txt: byte 2 is not UTF-8 (0xef); specify the --encoding, such as cp1252"),
     ("data.prepare", "nowhere.txt", "nowhere.txt: no such file or folder; expected a path"),
     ("data.prepare", "a.csv", "a.csv: no column 'text' (--text-column); the columns are 'id', 'body'"),
     ("data.prepare", "picture.png", "picture.png: not text; expected text in UTF-8"),
@@ -81,9 +81,9 @@ WRONG = [  # command, arguments, part of the expected line
     ("gpt2.plan", "--device h20", "--device is h20; expected auto, cpu, cuda"),
     ("gpt2.doctor", "now", "unexpected argument 'now'"),
     ("gpt2.inspect", "--checkpoint nowhere", "nowhere"),
-    # Numbers that no machine has, and paths that cannot be written.
+    # Numbers too large for any machine, and paths that cannot be written.
     ("train", "--data text --batch-size 100000000", "out of memory: "),
-    ("train", "--data text --threads 100000", "threads: the number is 100,000; expected 1 to 1,024"),
+    ("train", "--data text --threads 100000", "threads: the number of threads is 100,000; expected 1 to 1,024"),
     (
         "train",
         "--data text --block-size 100000",
@@ -167,7 +167,7 @@ def inputs(workspace):
 
 
 @pytest.mark.parametrize(("command", "arguments", "message"), WRONG, ids=[f"{c} {a}" for c, a, _ in WRONG])
-def test_one_line(inputs, capsys, command, arguments, message):
+def test_invalid_input_gives_a_one_line_error(inputs, capsys, command, arguments, message):
     before = {path for path in inputs.rglob("*") if path.name != "lock" and ".partial" not in str(path)}
     try:
         status = importlib.import_module(command).main(shlex.split(arguments))
@@ -183,7 +183,7 @@ def test_one_line(inputs, capsys, command, arguments, message):
 
 
 def test_the_table_is_large_enough():
-    """It has every command, and for most of them several rows."""
+    """It covers every command, most of them with several rows."""
     counts = Counter(command for command, _, _ in WRONG)
     end = "\n    sys.exit(console.run(main))\n"
     modules = {f"gpt2.{file.stem}" for file in (ROOT / "gpt2").glob("*.py") if end in file.read_text()}
@@ -204,8 +204,8 @@ def test_the_advice_refers_to_existing_options(names):
                 assert word in text, (flag, word)
 
 
-def test_a_shard_that_shrinks_during_a_run_is_one_line(workspace, capsys, monkeypatch):
-    """A shorter file replaces an open one."""
+def test_a_shard_that_shrinks_during_a_run_gives_a_one_line_error(workspace, capsys, monkeypatch):
+    """A shorter file replaces one that is open."""
     from gpt2.training.dataset import SampleOrder
     from tests.training_runs import run
 
@@ -224,7 +224,7 @@ def test_a_shard_that_shrinks_during_a_run_is_one_line(workspace, capsys, monkey
 
 
 @pytest.mark.parametrize("suffix", ["bin", "npy"])
-def test_shards_of_other_programs_are_read_by_position_too(tmp_path, suffix):
+def test_a_shard_of_another_program_that_shrinks_is_detected(tmp_path, suffix):
     from gpt2.training.dataset import TokenDataset
 
     ids = np.arange(5000, dtype="<u2")

@@ -1,4 +1,4 @@
-"""Short runs of train.py, and their results, for tests. The fixture `workspace` provides the data set."""
+"""Helpers that run train.py briefly and read the results. The fixture `workspace` provides the data set."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ SAME = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 
 
 def run(*options, code=0):
-    """Train on data/text; `code` is the exit status."""
+    """Train on data/text; `code` is the expected exit status."""
     assert train.main(["--data", "text", *QUICK, *options]) == code
 
 
 def rows(out):
-    """The entries of the log that do not depend on time."""
+    """The rows of the log, with only the entries that do not depend on time."""
     return [{key: row[key] for key in SAME if key in row} for row in read_log(Path(out) / "log.jsonl")]
 
 
@@ -35,7 +35,7 @@ def newest_arrays(out):
 
 
 def assert_same_run(a, b):
-    """The same log, samples, weights and optimizer state, bit for bit."""
+    """Check that two runs have bit-identical logs, samples, weights and optimizer states."""
     assert rows(a) == rows(b)
     assert read_log(Path(a) / "samples.jsonl") == read_log(Path(b) / "samples.jsonl")
     first, second = newest_arrays(a), newest_arrays(b)
@@ -45,7 +45,7 @@ def assert_same_run(a, b):
 
 
 def one_line(capsys):
-    """The error message, which is one line."""
+    """The error message, which has to be one line."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("train.py: error: ")

@@ -1,9 +1,9 @@
-"""tinygrad2: a small autograd engine, in which every backward pass is written by hand and checked.
+"""tinygrad2: a small autograd engine in which every backward pass is written by hand and checked.
 
     from tinygrad2 import Tensor, nn, ops, optim
     import tinygrad2 as tg                       # tg.relu(x), tg.where(x > 0, x, 0), tg.zeros(2, 3): see functional.py
 
-The names below, and all functions in functional.py, are imported on first use, so that `tinygrad2.machine` and
+The names below and all functions in functional.py are imported on first use. So `tinygrad2.machine` and
 `tinygrad2.files`, which need only the standard library, can be imported without NumPy.
 """
 
@@ -50,6 +50,6 @@ def __getattr__(name: str) -> Any:
     elif name in _functions().__all__:
         value = getattr(_functions(), name)
     else:
-        value = _functions().__getattr__(name)  # raises the error that says what to use
+        value = _functions().__getattr__(name)  # raises an error that says what to use instead
     globals()[name] = value
     return value

@@ -1,13 +1,13 @@
-"""Conversion of the arguments of Tensor methods and operators: numbers and arrays, axes, indices, shapes.
+"""Conversion of the arguments of Tensor methods and operators: numbers and arrays, axes, indices and shapes.
 
 Types are promoted as in PyTorch, with float32 as the default floating-point type:
-  - integers and booleans combined with a floating-point array are converted to its dtype;
-  - an integer or boolean array and a Python float give float32, and so does the quotient of integers;
-  - two integer types are combined as in NumPy;
-  - two Tensors of different floating-point types are an error: convert one;
-  - a number or an array combined with a floating-point Tensor is a constant, and is converted to its dtype. So a
-    float32 Tensor times a float64 array is float32: NumPy arrays are float64 by default, and one of them must not turn
-    a whole model into float64. (Two PyTorch tensors would give float64 here.)
+  - Integers and booleans combined with a floating-point array are converted to its dtype.
+  - An integer or boolean array and a Python float give float32, and so does a quotient of integers.
+  - Two integer types are combined as in NumPy.
+  - Two Tensors of different floating-point types are an error: convert one of them.
+  - A number or an array combined with a floating-point Tensor is a constant, and is converted to the Tensor's dtype. So
+    a float32 Tensor times a float64 array is float32: NumPy arrays are float64 by default, and a single array must not
+    convert an entire model to float64. (Two PyTorch tensors would give float64 here.)
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def promoted_dtype(op: str, a: numpy.dtype, b: numpy.dtype) -> numpy.dtype:
 
 
 def of_numpy(value: Any) -> Any:
-    """Convert an array of another library, such as PyTorch, to NumPy; return any other value unchanged."""
+    """Convert an array of another library, such as PyTorch, to NumPy. Other values are returned unchanged."""
     if isinstance(getattr(value, "dtype", DEFAULT_FLOAT), numpy.dtype):
         return value
     try:
         return numpy.asarray(value)
     except TypeError:
-        raise TypeError(f"NumPy cannot read an array of dtype {value.dtype}; convert it first, as to float32") from None
+        message = f"NumPy cannot read an array of dtype {value.dtype}; convert it first, for example to float32"
+        raise TypeError(message) from None
 
 
 def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array:
-    """A number, list or array that is combined with a Tensor of `dtype`, as an array with the dtype defined above."""
+    """Convert a number, list or array that is combined with a Tensor of `dtype` to an array, by the rules above."""
     if type(value) is float or type(value) is int:
         array_dtype = dtype if is_float(dtype) else DEFAULT_FLOAT if type(value) is float else None
         if array_dtype is not None:
@@ -65,7 +66,7 @@ def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array
         return backend.asarray(array, dtype=None if is_array else DEFAULT_FLOAT)
     if (
         isinstance(value, int) and not isinstance(value, bool) and dtype.kind in "iu"
-    ):  # a Python integer takes the integer dtype if it fits
+    ):  # a Python integer is converted to the Tensor's dtype if it fits
         if not numpy.iinfo(dtype).min <= value <= numpy.iinfo(dtype).max:
             raise OverflowError(f"{op}: {value} does not fit in the other operand's dtype, {dtype}")
         return backend.asarray(value, dtype=dtype)
@@ -73,7 +74,7 @@ def constant(op: str, value: Any, dtype: numpy.dtype, backend: Backend) -> Array
 
 
 def dtype_of(op: str, dtype: Any, expected: str = "a dtype, such as 'float32'") -> numpy.dtype:
-    """A dtype that a Tensor can have. Raises TypeError for anything else."""
+    """Convert to a dtype that a Tensor can have. Raises TypeError for anything else."""
     try:
         found = numpy.dtype(dtype)
     except TypeError:
@@ -84,7 +85,7 @@ def dtype_of(op: str, dtype: Any, expected: str = "a dtype, such as 'float32'") 
 
 
 def numpy_array(op: str, value: Any) -> numpy.ndarray:
-    """A number or nested lists of numbers as an array. Raises TypeError or ValueError for anything else."""
+    """Convert a number or nested lists of numbers to an array. Raises TypeError or ValueError for anything else."""
     if is_recording():
         _check_no_gradient(op, value)
     try:
@@ -99,22 +100,22 @@ def numpy_array(op: str, value: Any) -> numpy.ndarray:
 
 
 def _check_no_gradient(op: str, value: Any) -> None:
-    """Raise TypeError if nested lists contain a Tensor that needs a gradient: an array made of them has none."""
+    """Raise TypeError if nested lists contain a Tensor that requires a gradient, which an array would lose."""
     if isinstance(value, list | tuple) and not set(map(type, value)) <= {float, int, bool}:
         for item in value:
             if getattr(item, "requires_grad", False):
                 raise TypeError(
-                    f"{op}: the list contains a Tensor that needs a gradient, which an array of it has not: use "
-                    f"stack() or concatenate() of the Tensors, or x.detach()"
+                    f"{op}: the list contains a Tensor that requires a gradient, which would be lost; use stack() or "
+                    f"concatenate() to join Tensors, or x.detach()"
                 )
             _check_no_gradient(op, item)
 
 
 def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
-    """`axis` (one axis, several, or None for all) as a tuple of axes from 0 to ndim - 1. If ndim is 0, 0 and -1 are
-    ignored.
+    """Convert `axis` (one axis, several, or None for all) to a tuple of axes from 0 to ndim - 1. If ndim is 0, the axes
+    0 and -1 are ignored.
 
-    Raises ValueError for an axis out of range or given twice, TypeError for anything but integers.
+    Raises ValueError if an axis is out of range or repeated, and TypeError for anything but integers.
     """
     if axis is None:
         return tuple(range(ndim))
@@ -139,7 +140,7 @@ def lengths(op: str, given: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def plain_index(index: Any) -> Index:
-    """An index with lists and Tensors converted to arrays. Arrays are copied, since the backward pass needs them.
+    """Convert lists and Tensors in an index to arrays. Arrays are copied, since the backward pass needs them.
 
     Raises TypeError for anything that cannot index an array.
     """
@@ -158,7 +159,7 @@ def _plain(index: Any) -> Index:
     if array.dtype.kind in "iub":
         return array.copy()
     if array.size == 0 and not hasattr(index, "dtype"):
-        return array.astype(numpy.int64)  # NumPy makes an empty list float64
+        return array.astype(numpy.int64)  # NumPy converts an empty list to float64
     raise TypeError(
         f"indexing: an index has dtype {array.dtype}; expected integers or booleans"
         + (" (a Tensor made from a list is float32; pass the list, or Tensor(list, dtype='int64'))" * is_tensor)
@@ -166,7 +167,7 @@ def _plain(index: Any) -> Index:
 
 
 def describe_index(index: Index) -> str:
-    """An index as text for error messages; arrays are described by their shapes."""
+    """An index as text, for error messages. Arrays are described by their shapes."""
     parts: Iterable[Any] = index if isinstance(index, tuple) else (index,)
     return ", ".join(
         f"[{'mask' if i.dtype.kind == 'b' else 'array'} of shape {i.shape}]" if hasattr(i, "dtype")

@@ -1,4 +1,4 @@
-"""The array interface that the engine needs: the part of NumPy's ndarray that CuPy's ndarray has too."""
+"""The array interface that the engine uses: the part of NumPy's ndarray that CuPy's ndarray also has."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Index = Any  # any index that NumPy accepts: integers, slices, None, ..., arrays
 
 
 class Array(Protocol):
-    """An n-dimensional NumPy or CuPy array: `shape`, `dtype`, arithmetic, comparison, indexing.
+    """An n-dimensional NumPy or CuPy array, with `shape`, `dtype`, arithmetic, comparison and indexing.
 
-    Arithmetic is as in NumPy: elementwise with broadcasting; `@` is a matrix product over the last two axes. The other
+    Arithmetic is as in NumPy: elementwise, with broadcasting; `@` is a matrix product over the last two axes. The other
     operand is an array of the same library or a Python number.
     """
 
@@ -82,7 +82,7 @@ class Array(Protocol):
 
 
 def may_share_memory(a: Array, b: Array) -> bool:
-    """Whether two arrays of one library may overlap in memory: compares their first and last bytes."""
+    """Whether two arrays of the same library may overlap in memory, according to their first and last bytes."""
     if not a.size or not b.size or isinstance(a, numpy.ndarray) != isinstance(b, numpy.ndarray):
         return False
     (a_first, a_last), (b_first, b_last) = _bounds(a), _bounds(b)
@@ -90,7 +90,7 @@ def may_share_memory(a: Array, b: Array) -> bool:
 
 
 def _bounds(array: Any) -> tuple[int, int]:
-    """The addresses of the first and the last byte."""
+    """The addresses of the first and the last byte of an array."""
     start = array.ctypes.data if isinstance(array, numpy.ndarray) else array.data.ptr
     reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize - 1

@@ -1,8 +1,8 @@
-"""The tape: nodes, the backward pass over them, and no_grad(). It is independent of operations, Tensors and devices.
+"""The tape: nodes, the backward pass over them, and no_grad(). It does not depend on operations, Tensors or devices.
 
 A forward pass records a graph of nodes. Each node refers to the nodes that computed its inputs, and can compute their
-gradients from its own. Nodes are numbered as they are created, so visiting them from the highest number to the
-lowest reaches every node after all nodes that use its results: the backward pass is one sorted loop, without recursion.
+gradients from its own. Nodes are numbered in order of creation. In descending order, each node therefore comes after
+all nodes that use its results, so the backward pass is one loop over sorted nodes, without recursion.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _recording: ContextVar[bool] = ContextVar("recording", default=True)
 
 
 def new_number() -> int:
-    """A number greater than that of any existing node."""
+    """Return a number greater than that of any existing node."""
     return next(_numbers)
 
 
@@ -46,17 +46,17 @@ def recording(on: bool) -> Iterator[None]:
 
 
 def no_grad() -> AbstractContextManager[None]:
-    """Inside this context, operations are not recorded and save nothing for a backward pass."""
+    """A context manager in which operations are not recorded and save nothing for a backward pass."""
     return recording(False)
 
 
-# The form of a gradient: the array type, shape and dtype of the result that it belongs to, and the `zeros` function of
-# its array library. (A plain tuple, for speed: one is created for every result.)
+# The form of a gradient: the array type, shape and dtype of the corresponding result, and the `zeros` function of its
+# array library. (It is a plain tuple for speed, since one is created for every result.)
 Form = tuple[Any, tuple[int, ...], numpy.dtype, Callable[[tuple[int, ...], Any], Array]]
 
 
 def zeros(form: Form) -> Array:
-    """A buffer of zeros for summing gradients of this form; float32 for bfloat16 gradients."""
+    """A buffer of zeros for accumulating gradients of this form. For bfloat16 gradients, the buffer is float32."""
     _, shape, dtype, library_zeros = form
     return library_zeros(shape, sum_dtype(dtype))
 
@@ -64,10 +64,10 @@ def zeros(form: Form) -> Array:
 class Leaf:
     """The node of a parameter, or of an input that needs a gradient. It has no parents.
 
-    grad      the gradient summed so far, or None before the first contribution.
+    grad      the gradient accumulated so far, or None before the first contribution.
     forms     a tuple with the form of the gradient, as in a Node with one result.
-    on_final  called without arguments when a backward pass has added its last contribution to `grad`.
-    written   when the leaf's data was last changed in place, in the same sequence as Node.number; -1 if never.
+    on_final  called without arguments after a backward pass has added its last contribution to `grad`.
+    written   the number, from the sequence of Node.number, of the last in-place change of the data; -1 if none.
     memory    the arrays that were changed then.
     """
 
@@ -81,31 +81,31 @@ class Leaf:
         self.memory: tuple[Array, ...] = ()
 
     def buffer(self) -> Array:
-        """The array that gradients are added to; created, filled with zeros, on the first call."""
+        """The array that gradients are added to. The first call creates it, filled with zeros."""
         if self.grad is None:
             self.grad = zeros(self.forms[0])
         return self.grad
 
     def mark_written(self, *memory: Array) -> None:
-        """Record that these arrays were just changed in place, which invalidates what earlier operations saved."""
+        """Record that these arrays were just changed in place, which invalidates values saved by earlier operations."""
         self.written, self.memory = next(_numbers), memory
 
 
 Saved = tuple[Any, ...]  # what a backward function needs from the forward pass: arrays, shapes, numbers
-Gradients = Sequence[Array | None]  # one for each parent
+Gradients = Sequence[Array | None]  # one per parent
 
 
 class Node:
     """One recorded operation.
 
-    parents   an edge (node, which of its outputs) for each input, or None for an input that needs no gradient.
-    backward  backward(saved, dy, into) -> a gradient or None for each parent; see `record` in tensor.py.
-    saved     what backward needs from the forward pass.
+    parents   per input, an edge (node, index of the node's output), or None if the input needs no gradient.
+    backward  backward(saved, dy, into) -> per parent, a gradient or None; see `record` in tensor.py.
+    saved     the data that backward needs from the forward pass.
     forms     the form of each output.
     name      the name of the backward function.
-    kernel    if true, backward is a kernel: kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
+    kernel    if true, backward is a kernel: kernel(dy, *saved) -> the gradient, or a tuple with one per parent.
 
-    A node never refers to its own output; the output refers to the node, so there is no reference cycle to collect.
+    A node never refers to its own output; the output refers to the node. So there are no reference cycles to collect.
     """
 
     __slots__ = ("parents", "backward", "saved", "forms", "name", "kernel", "number")
@@ -137,7 +137,7 @@ Edge = tuple[Node | Leaf, int]
 
 
 class GradientBuffers:
-    """The argument `into` of a backward function: the gradient buffers of the node's parents, which it may add to."""
+    """The argument `into` of a backward function, which gives access to the gradient buffers of the node's parents."""
 
     __slots__ = ("_pending", "_parents")
 
@@ -146,7 +146,7 @@ class GradientBuffers:
         self._parents = parents
 
     def __call__(self, i: int) -> Array | None:
-        """The buffer to add parent i's gradient to, or None if it needs no gradient."""
+        """The buffer to add parent i's gradient to, or None if the parent needs no gradient."""
         edge = self._parents[i]
         return None if edge is None else self._pending.buffer(edge)
 
@@ -157,12 +157,12 @@ BackwardFunction = Callable[[Saved, Any, GradientBuffers], Gradients]  # for sev
 class _PendingGradients:
     """Gradients of nodes whose backward function has not run yet.
 
-    The first gradient to arrive at an output is borrowed: it may be shared with another output, so it is never written
-    to. The second is added to it in a new array, and later ones are added to that in place (as in HIPS autograd).
+    The first gradient that arrives at an output is borrowed: another output may share it, so it is never modified.
+    Adding the second one creates a new array, to which later ones are added in place (as in HIPS autograd).
     """
 
     def __init__(self) -> None:
-        self._gradients: dict[Edge, tuple[Array, bool]] = {}  # edge -> (gradient, whether it may be written to)
+        self._gradients: dict[Edge, tuple[Array, bool]] = {}  # edge -> (gradient, whether it may be modified)
 
     def add(self, edge: Edge, gradient: Array) -> None:
         target = edge[0]
@@ -199,7 +199,7 @@ class _PendingGradients:
         return edge[0].grad if isinstance(edge[0], Leaf) else self._gradients.get(edge, (None, False))[0]
 
     def pop(self, node: Node) -> Any:
-        """The gradient of the node's output, or a tuple of gradients for several; None if none has arrived."""
+        """The gradient of the node's output, or a tuple of gradients if it has several; None if none has arrived."""
         if len(node.forms) == 1:
             return self._gradients.pop((node, 0), (None, False))[0]
         arrived = [self._gradients.pop((node, output), (None, False))[0] for output in range(len(node.forms))]
@@ -207,19 +207,19 @@ class _PendingGradients:
 
 
 def as_array(value: Any) -> Any:
-    """The value, converted to an array if it is a NumPy scalar: NumPy returns scalars for 0-d arithmetic."""
+    """Convert a NumPy scalar, which NumPy returns for 0-d arithmetic, to an array. Other values are unchanged."""
     return numpy.asarray(value) if isinstance(value, numpy.generic) else value
 
 
 def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None) -> None:
-    """Compute the gradients of all leaves that some outputs depend on, given pairs (edge, dy) for the outputs.
+    """Compute the gradients of all leaves that the outputs depend on, given a pair (edge, dy) for each output.
 
-    Gradients are summed into `Leaf.grad` until they are cleared. The data that a node saved is freed as soon as its
-    backward function has run, so a graph can be used once.
+    Gradients are added to `Leaf.grad`. The data that a node saved is freed as soon as its backward function has run, so
+    a graph can be used only once.
 
-    recomputed  if recompute() recorded this graph during the backward pass, the number of the recompute operation.
-    Raises RuntimeError if a part of the graph has been used before, or if data that it needs has been changed;
-    TypeError or ValueError if a backward function returns something other than the gradients of its parents.
+    recomputed  the number of the recompute operation, if recompute() recorded this graph during the backward pass.
+    Raises RuntimeError if part of the graph was used before, or if data that it needs has been changed; TypeError or
+    ValueError if a backward function returns something other than the gradients of its parents.
     """
     nodes, uses = _reachable([edge[0] for edge, _ in gradients], recomputed)
     pending = _PendingGradients()
@@ -233,7 +233,7 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
         _run(node, pending)
         if report is not None:
             report(BackwardOperation(node.operation, node, tuple(parents), tuple(map(pending.get, parents))))
-        for parent in reversed(parents):  # the order of the arena: the last registered is final first
+        for parent in reversed(parents):  # in arena order: the gradient of the last registered is final first
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
                 if not uses[parent[0]]:
@@ -241,7 +241,7 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
 
 
 def _run(node: Node, pending: _PendingGradients) -> None:
-    """Run a node's backward function, if a gradient arrived, and free what it saved."""
+    """Run a node's backward function if a gradient has arrived, and free the node's saved data."""
     dy = pending.pop(node)
     function, saved, parents = node.backward, node.saved, node.parents
     node.backward, node.saved, node.parents = None, None, ()
@@ -276,7 +276,7 @@ def _wrong_results(node: Node, results: Any, n: int) -> Exception:
 
 
 def _checked(node: Node, i: int, returned: Any, form: Form) -> Array:
-    """Check a gradient that is not exactly of parent i's form. Raises TypeError or ValueError if it is not allowed."""
+    """Check a gradient that does not exactly match parent i's form. Raises TypeError or ValueError if it is invalid."""
     kind, shape, dtype, _ = form
     what, gradient = f"{node.operation}: backward returned for parent {i}", as_array(returned)
     array_type: type[Any] = numpy.ndarray if issubclass(kind, numpy.ndarray) else kind
@@ -297,7 +297,7 @@ def _call_on_final(leaf: Leaf) -> None:
 
 
 def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[Node], Counter[Leaf]]:
-    """Every node that is reachable from the roots, and the number of edges to each leaf."""
+    """The nodes that are reachable from the roots, and the number of edges to each leaf."""
     nodes: set[Node] = set()
     uses: Counter[Leaf] = Counter()
     written: set[Leaf] = set()
@@ -308,7 +308,7 @@ def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[No
             continue
         if node.backward is None:
             raise RuntimeError(
-                "backward: an earlier backward() used this graph and freed the data that it had saved; "
+                "backward: an earlier backward() used this graph and freed its saved data; "
                 "run the forward pass again, or add the losses and call backward once"
             )
         nodes.add(node)
@@ -326,7 +326,7 @@ def _reachable(roots: list[Node | Leaf], recomputed: int | None) -> tuple[set[No
 
 
 def _check_saved(nodes: set[Node], written: set[Leaf], recomputed: int | None) -> None:
-    """Raise RuntimeError if a node saved an array of a leaf, or a view of one, that has been changed in place since."""
+    """Raise RuntimeError if a node saved an array of a leaf (or a view of one) that was changed in place since then."""
     if recomputed is not None:
         raise RuntimeError(f"backward: recompute: a parameter of the function {_CHANGED}")
     for node in nodes:

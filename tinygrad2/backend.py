@@ -1,8 +1,7 @@
-"""A backend: an array library, and the table of kernels that compute on its arrays.
+"""A backend: an array library, and the table of kernels that operate on its arrays.
 
-Code above this file uses the backend of the arrays that it is given, and never branches on a device or a dtype. The
-array library is a parameter of the whole reference module, which is loaded once per library, with that library as its
-`np`.
+Higher layers use the backend of the arrays that they are given, and never branch on a device or a dtype. The array
+library is a parameter of the reference module: the module is loaded once per library, with that library as its `np`.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ class Event(Protocol):
 
 
 class Backend:
-    """NumPy arrays in host memory; the base class of every other backend.
+    """NumPy arrays in host memory. This is also the base class of the other backends.
 
     device   the name of the device.
     np       the array library.
-    kernels  x_forward and x_backward for every operation, under their names in reference.py.
+    kernels  the functions x_forward and x_backward of every operation x, named as in reference.py.
     cuda     features of NVIDIA GPUs; None on other devices.
-    recompute_outputs  `linear` does not save an input with a recipe (see tensor.py) if it has at least so many outputs:
-                       recomputing it then takes little time, compared with the layer's three products.
-    logits_bytes       the memory for logits in a step's head; see ops.lm_head_gradients.
+    recompute_outputs  minimum number of outputs for which `linear` saves the recipe of its input (see recipes.py)
+                       instead of the input. Recomputing it is then cheap, compared with the layer's three products.
+    logits_bytes       maximum size of the logits in ops.lm_head_gradients.
     """
 
     recompute_outputs: float = 768
@@ -69,29 +68,29 @@ class Backend:
         self.cuda = cuda
 
     def kernels_for(self, tf32: bool) -> SimpleNamespace:
-        """The kernels; with `tf32`, a table in which float32 matrix products round their operands to TF32. Raises
-        ValueError if the device does not support TF32."""
+        """The table of kernels or, if `tf32`, a table in which float32 matrix products round their operands to TF32.
+        Raises ValueError if the device does not support TF32."""
         if tf32:
             raise ValueError(f"tf32 needs a GPU; the arrays are on {self.device}")
         return self.kernels
 
     def asarray(self, values: ArrayLike | Array, dtype: DTypeLike | None = None) -> Array:
-        """`values` (numbers, or an array on the host or the device) as an array of this backend."""
+        """Convert `values` (numbers, or an array on the host or the device) to an array of this backend."""
         return self.np.asarray(values, dtype=dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return self.np.zeros(shape, dtype=dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        """An uninitialized array, for temporary values: its memory is from a pool."""
+        """An uninitialized array for temporary values, with memory from a pool."""
         return memory.empty(shape, dtype)
 
     def upload(self, values: numpy.ndarray) -> Array:
-        """Convert a host array to this backend, without waiting for the device; here, returns the array itself."""
+        """Copy a host array to the device without waiting for the device. On the CPU, returns the array itself."""
         return values
 
     def to_host(self, array: Array) -> numpy.ndarray:
-        """The array as a NumPy array, after waiting for the device; shares memory if it is already on the host."""
+        """Convert to a NumPy array, after waiting for the device. An array on the host is not copied."""
         return numpy.asarray(array)
 
     def fetch(self, *scalars: Scalar) -> PendingScalars:
@@ -99,18 +98,18 @@ class Backend:
         return PendingScalars([float(scalar) for scalar in scalars])
 
     def staging(self, array: Any, previous: numpy.ndarray | None) -> numpy.ndarray:
-        """Host memory for a copy of a flat array: `previous` if it fits, else new memory; here, the array itself."""
+        """Host memory for copying a flat array: `previous` if it fits, or new memory. On the CPU, the array itself."""
         return array
 
     def download(self, array: Any, staging: numpy.ndarray) -> Callable[[], None]:
-        """Start copying a flat array into its staging memory; the returned function waits until the copy is done."""
+        """Start copying a flat array to its staging memory. Returns a function that waits until the copy is done."""
         return lambda: None
 
     def copy_back(self, staging: numpy.ndarray, array: Any) -> None:
         """Copy a flat array back from its staging memory, without waiting for the device."""
 
     def memory(self) -> tuple[int, int] | None:
-        """(free, total) bytes of the device's memory, or None if it uses the host's memory."""
+        """(free, total) bytes of device memory, or None if the device uses the host's memory."""
         return None
 
     def name(self) -> str:
@@ -121,11 +120,11 @@ class Backend:
         """Why this device does not support a precision, with attention heads of this size; None if it does."""
         wanted = Precision.of(precision)
         if wanted.copies and _cpu_overrides() is None:
-            return f"{wanted.name} needs the compiled kernels, which need Numba (python -m gpt2.doctor says why not)"
+            return f"{wanted.name} needs the compiled kernels, which need Numba (see python -m gpt2.doctor)"
         return f"{wanted.name} needs a GPU" if wanted.tf32 else None
 
     def slow_reason(self, precision: PrecisionLike) -> str | None:
-        """Why this device supports a precision only by slower arithmetic; None if it has instructions for it."""
+        """Why this device emulates a precision with slower arithmetic; None if it has instructions for it."""
         overrides = _cpu_overrides()
         return overrides.onednn.unavailable_reason() if overrides and Precision.of(precision).copies else None
 
@@ -137,15 +136,15 @@ class Backend:
             overrides.pool.clear(array)
 
     def convert(self, values: Array, out: Array) -> None:
-        """out = values, rounded to the dtype of out: flat float32 and bfloat16 arrays."""
+        """out = values, rounded to the dtype of out. Both are flat, and float32 or bfloat16."""
         if (overrides := _cpu_overrides()) is None or values.dtype != numpy.float32:
             out[...] = values.astype(out.dtype)
         else:
             overrides.convert(values, out)
 
     def program(self, rows: int, head_size: int) -> Program | None:
-        """An empty sequence of kernels, for activations with this number of rows and attention heads of this size, to
-        run by one compiled call; None if it does not support them. See kernels/program.py."""
+        """An empty program (see kernels/program.py) for activations with this number of rows and attention heads of
+        this size; None if they are not supported."""
         if self.cuda is not None or _cpu_overrides() is None:
             return None
         from tinygrad2.kernels.program import Program
@@ -153,11 +152,11 @@ class Backend:
         return Program() if Program.supports(rows, head_size) else None
 
     def timestamp(self) -> Timestamp:
-        """A timestamp in the device's stream, for `seconds`."""
+        """A timestamp in the device's stream, to pass to `seconds`."""
         return time.perf_counter()
 
     def seconds(self, start: Timestamp, stop: Timestamp) -> float:
-        """The time between two timestamps, after waiting for the second."""
+        """The time between two timestamps, after waiting for the second one."""
         return stop - start
 
     def __repr__(self) -> str:
@@ -165,7 +164,7 @@ class Backend:
 
 
 class PendingScalars:
-    """Scalars that are being copied from a device to the host."""
+    """Scalars that are being copied from the device to the host."""
 
     def __init__(self, values: list[float]):
         self._values = values
@@ -180,10 +179,10 @@ class PendingScalars:
 
 
 class Limits(NamedTuple):
-    """The limits of a GPU for kernels.
+    """The limits of a GPU.
 
-    processors     number of multiprocessors: at least this number of blocks run concurrently.
-    shared_memory  the largest number of bytes per block.
+    processors     number of multiprocessors; at least this number of blocks can run concurrently.
+    shared_memory  maximum number of bytes of shared memory per block.
     capability     the major compute capability; thread block clusters need 9 or more.
     """
 
@@ -204,20 +203,20 @@ class Cuda:
         self.launchers = launchers
 
     def kernel(self, file: Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any) -> Kernel:
-        """The kernel `name` in a CUDA C++ file, compiled with these constants at first use.
+        """The kernel `name` in a CUDA C++ file, compiled with these constants on first use.
 
-        shared       bytes of dynamic shared memory of its launches.
-        cooperative  its blocks wait for each other; for launch_alone.
+        shared       bytes of dynamic shared memory per launch.
+        cooperative  whether its blocks wait for each other; required by launch_alone.
         """
         return self._needed().function(file, name, shared=shared, cooperative=cooperative, **defines)
 
     def launch_alone(self, kernel: Kernel, blocks: int, threads: int, arguments: Any, shared: int) -> None:
-        """Launch a cooperative kernel, after all earlier ones have finished. Raises ValueError if its blocks cannot all
+        """Launch a cooperative kernel after all earlier ones have finished. Raises ValueError if its blocks cannot all
         run at the same time."""
         self._needed().launch_alone(kernel, blocks, threads, arguments, shared)
 
     def blocks_at_once(self, kernel: Kernel, threads: int, shared: int) -> int:
-        """The number of a kernel's blocks that run concurrently."""
+        """The number of blocks of a kernel that can run concurrently."""
         return self._needed().blocks_at_once(kernel, threads, shared)
 
     def limits(self) -> Limits | None:
@@ -229,13 +228,13 @@ class Cuda:
         return Limits(*(runtime.deviceGetAttribute(attribute, device) for attribute in (16, 97, 75)))  # cudaDeviceAttr
 
     def clusters_at_once(self, kernel: Kernel, blocks: int, threads: int, shared: int) -> int:
-        """The number of a kernel's thread block clusters that run concurrently, in a grid of `blocks` blocks of
-        `threads` threads and `shared` bytes of shared memory."""
+        """The number of thread block clusters of a kernel that can run concurrently, in a grid of `blocks` blocks with
+        `threads` threads and `shared` bytes of shared memory each."""
         return self._needed().clusters_at_once(kernel, blocks, threads, shared)
 
     @staticmethod
     def type_name(dtype: str) -> str | None:
-        """The CUDA C++ name of a dtype that the kernels support, or None."""
+        """The CUDA C++ name of a dtype, or None if the kernels do not support it."""
         return cpp_type(dtype)
 
     def unsupported_reason(self, precision: PrecisionLike, head_size: int | None) -> str | None:
@@ -255,11 +254,11 @@ class Cuda:
         return None
 
     def peak(self, precision: PrecisionLike) -> float | None:
-        """The peak rate in TFLOP/s in a precision, or None if unknown."""
+        """The peak rate for a precision in TFLOP/s, or None if unknown."""
         return gpus.peak_tflops(self.gpu_name(), Precision.of(precision).name)
 
     def event(self, stream: Any = None) -> Event:
-        """An event recorded in a stream, the current one by default, to wait for; it does not measure time."""
+        """An event recorded in a stream (by default the current one), to wait for. It does not measure time."""
         return ordering_event(self._np.cuda, stream)
 
     def gpu_name(self) -> str:
@@ -290,22 +289,22 @@ class Cuda:
 class CudaBackend(Backend):
     """CuPy arrays on a single GPU, the current device of this process.
 
-    A process uses one GPU, in all of its threads: each has its own current device, which CUDA sets to GPU 0 at first.
+    All threads of a process use the same GPU. (In CUDA, each thread has its own current device, initially GPU 0.)
 
-    All work goes to CuPy's current stream, in launch order, and a launch does not wait: the host runs ahead of the
-    device. They synchronize in only four places:
-      - `upload` copies into pinned host memory and launches the copy to the device from there. A pinned buffer is
-        reused when its copy is done; there are at most PINNED buffers, so the host is at most a step or two ahead.
-      - `fetch` launches a copy of results into pinned memory; `PendingScalars.get` waits for that copy, a step later.
-      - `download` launches a copy into memory that its owner keeps; the owner waits when it needs the values.
+    All work is submitted to CuPy's current stream, in launch order. Launches are asynchronous, so the host runs ahead
+    of the device. They synchronize in only four places:
+      - `upload` copies to pinned host memory and launches the copy to the device from there. A pinned buffer is reused
+        when its copy is done. There are at most PINNED buffers, so the host is at most a step or two ahead.
+      - `fetch` launches a copy of results to pinned memory; `PendingScalars.get` waits for that copy, a step later.
+      - `download` launches a copy to memory that its owner keeps; the owner waits when it needs the values.
       - `to_host` waits for everything launched before.
 
     plain  use only reference.py; otherwise, use the kernels in kernels/cuda.py for the operations that they support.
     """
 
     PINNED = 16
-    recompute_outputs = numpy.inf  # products are faster in relation to memory, which limits the other kernels
-    logits_bytes = numpy.inf  # (--head-rows limits them)
+    recompute_outputs = numpy.inf  # never recompute: the kernels are memory-bound, while matrix products are fast
+    logits_bytes = numpy.inf  # (the option --head-rows limits them)
 
     cuda: Cuda
 
@@ -318,8 +317,8 @@ class CudaBackend(Backend):
         linalg.set_compute_type("f", linalg.COMPUTE_TYPE_DEFAULT)  # ignore CUPY_TF32
         in_tf32 = reference_in_tf32(cupy, base)
         self._tf32_kernels = kernel_table(in_tf32, None if overrides is None else overrides.in_tf32(in_tf32))
-        self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, its last copy), oldest first
-        self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # the same for fetches that may be dropped
+        self._pinned: deque[tuple[numpy.ndarray, Event]] = deque()  # (buffer, event after its last copy), oldest first
+        self._fetched: deque[tuple[numpy.ndarray, Event]] = deque()  # the same for fetches (may be dropped)
 
     def kernels_for(self, tf32: bool) -> SimpleNamespace:
         return self._tf32_kernels if tf32 else self.kernels
@@ -388,7 +387,7 @@ class CudaBackend(Backend):
         event = self.cuda.event()
 
         def wait() -> None:
-            self.np.cuda.Device(self._gpu).use()  # else a new thread would make a context on GPU 0
+            self.np.cuda.Device(self._gpu).use()  # otherwise a new thread would create a context on GPU 0
             event.synchronize()
 
         return wait
@@ -423,7 +422,7 @@ class CudaBackend(Backend):
 
 
 class CudaPendingScalars(PendingScalars):
-    """Scalars whose copy precedes a CUDA event; the device array is kept alive until the copy is done."""
+    """Scalars whose copy is followed by a CUDA event. The device array is kept alive until the copy is done."""
 
     def __init__(self, event: Event, host: numpy.ndarray, source: Array):
         self._event, self._host, self._source = event, host, source
@@ -450,7 +449,7 @@ def instantiate_reference(library: Library) -> ModuleType:
 def reference_in_tf32(cupy: Library, base: ModuleType) -> SimpleNamespace:
     """The functions of the reference module `base`, with float32 matrix products in TF32.
 
-    CuPy's setting applies to the whole process, so it is changed while a function runs and restored afterwards.
+    CuPy's setting is global to the process, so it is changed while a function runs and restored afterwards.
     """
     linalg = cupy._core._routines_linalg
 
@@ -475,7 +474,7 @@ def kernel_functions(base: ModuleType | SimpleNamespace) -> dict[str, Callable[.
 
 
 def kernel_table(base: ModuleType | SimpleNamespace, overrides: object | None) -> SimpleNamespace:
-    """Every function of the reference module `base`, replaced by the override of the same name if there is one."""
+    """Every function of the reference module `base`, or the override of the same name if there is one."""
     return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in kernel_functions(base).items()})
 
 
@@ -485,7 +484,7 @@ def _textbook() -> bool:
 
 
 def _cpu_overrides() -> ModuleType | None:
-    """The compiled kernels; None with TINYGRAD2_KERNELS=reference, or if Numba cannot be imported."""
+    """The compiled kernels; None if TINYGRAD2_KERNELS=reference is set or Numba cannot be imported."""
     if _textbook():
         return None
     try:
@@ -501,9 +500,9 @@ _gpu = 0  # the number of this process's GPU; see choose_gpu
 
 
 def choose_gpu(number: int) -> None:
-    """Select the GPU of this process, one of several on its machine: `number` modulo the number of GPUs.
+    """Select the GPU of this process: `number` modulo the number of GPUs of the machine.
 
-    Raises ValueError if the process has used a GPU before."""
+    Raises ValueError if the process has already used a GPU."""
     global _gpu
     if "cuda" in _backends:
         raise ValueError("the GPU of this process must be chosen before it is used: call world() first")
@@ -511,20 +510,20 @@ def choose_gpu(number: int) -> None:
 
 
 def silence_compile_notice() -> None:
-    """Do not print that kernels are being compiled: of several processes, only the first prints it."""
+    """Suppress the notice that kernels are being compiled, so that only the first of several processes prints it."""
     if cpu := _cpu_overrides():
         cpu.notice.said = True
 
 
 def register(backend: Backend) -> Backend:
-    """Register a backend under its device name, for get_backend, and its array type, for backend_of."""
+    """Register a backend by its device name, for get_backend, and by its array type, for backend_of."""
     _backends[backend.device] = backend
     _by_type[backend.np.ndarray] = backend
     return backend
 
 
 def get_backend(device: str = "cpu") -> Backend:
-    """The backend of "cpu" or "cuda", created once; "auto" means "cuda" if that is available, else "cpu".
+    """The backend for "cpu" or "cuda", created once. "auto" means "cuda" if it is available, else "cpu".
 
     Raises ValueError if the device is not available; the message names what is missing.
     """
@@ -532,7 +531,7 @@ def get_backend(device: str = "cpu") -> Backend:
         try:
             return get_backend("cuda")
         except ValueError:
-            if "cuda" in _backends:  # it is available, but not used correctly
+            if "cuda" in _backends:  # it is available, but this thread uses another GPU
                 raise
             return get_backend("cpu")
     if device not in DEVICES:
@@ -573,7 +572,7 @@ def _import_cupy() -> Library:
 
 
 def backend_of(array: object) -> Backend:
-    """The backend of arrays of this type. Raises TypeError if there is none."""
+    """The backend for arrays of this type. Raises TypeError if there is none."""
     backend = _by_type.get(type(array))
     if backend is None:
         if isinstance(array, numpy.ndarray | numpy.generic):  # includes memory-mapped files and NumPy scalars

@@ -1,12 +1,12 @@
-"""Matrix products through the C interface of a BLAS library: the one that NumPy has loaded, or Intel's MKL if the
+"""Matrix products through the C interface of a BLAS library: the one that NumPy has loaded, or Intel MKL if the
 package `mkl` is installed and measurably faster.
 
-numpy.matmul cannot accumulate into a gradient (a temporary matrix and another pass would be needed), and it cannot be
+numpy.matmul cannot accumulate into a gradient (that would take a temporary matrix and another pass), and it cannot be
 called from compiled code. cblas_sgemm computes C = alpha A B + beta C, and compiled code can call it by its address. If
 no library with this interface is found, numpy.matmul is used.
 
-Which library is faster depends on the processor: MKL on Intel's, OpenBLAS on AMD's. So both are measured on first use,
-and the results are cached on disk, by processor and version. TINYGRAD2_BLAS=numpy or mkl selects one instead.
+Which library is faster depends on the processor: MKL on Intel, OpenBLAS on AMD. Both are therefore measured on first
+use, and the results are cached on disk, by processor and version. TINYGRAD2_BLAS=numpy or mkl overrides the choice.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SPELLINGS = (("scipy_", "64_", True), ("", "64_", True), ("scipy_", "", False),
 class Library:
     """A BLAS library.
 
-    name        the value of TINYGRAD2_BLAS that selects it.
-    title       its name and version, such as "OpenBLAS 0.3.31 (SkylakeX)".
-    functions   cblas_?gemm by dtype; an empty dict if there is no such interface.
+    name        the value of TINYGRAD2_BLAS that selects the library.
+    title       name and version, such as "OpenBLAS 0.3.31 (SkylakeX)".
+    functions   cblas_?gemm by dtype; empty if the library has no C interface.
     wide        whether the functions take 64-bit integers.
-    sequential  whether it always computes on the calling thread, regardless of threads.py.
+    sequential  whether the library always computes on the calling thread, regardless of threads.py.
     calls       (address of the function, wide) by dtype, for compiled code.
     """
 
@@ -74,7 +74,7 @@ def _numpys() -> Library:
 
 
 def _mkl() -> Library | None:
-    """MKL, computing on the calling thread, since kernels/pool.py provides the threads; None if it is not installed."""
+    """MKL, or None if it is not installed. It computes on the calling thread; kernels/pool.py provides the threads."""
     try:
         files = metadata.files("mkl") or []
         library = ctypes.CDLL(str(next(file.locate() for file in files if "mkl_rt" in file.name)))
@@ -85,7 +85,7 @@ def _mkl() -> Library | None:
 
 
 def _functions_of(library: ctypes.CDLL) -> tuple[dict[str, Gemm], bool]:
-    """The functions by dtype, and whether they take 64-bit integers; an empty dict if the library has none."""
+    """Return cblas_?gemm by dtype (empty if the library has none), and whether they take 64-bit integers."""
     for prefix, suffix, wide in _SPELLINGS:
         if hasattr(library, f"{prefix}cblas_sgemm{suffix}"):
             found = {
@@ -106,8 +106,8 @@ def _declared(function: Gemm, number: type[ctypes.c_float | ctypes.c_double], wi
 # Choice of the library -----------------------------------------------------------------------------------------------
 
 NUMPYS = _numpys()
-GAIN = 1.1  # minimum speedup over NumPy's library for another one to be used
-# (m, k, n) of the products that are timed: a linear layer forward and backward, and a block of attention scores.
+GAIN = 1.1  # minimum speedup over NumPy's library that justifies using another one
+# (m, k, n) of the products to time: a linear layer forward and backward, and a block of attention scores.
 SHAPES = ((256, 768, 768), (768, 256, 768), (128, 64, 512))
 REPEATS = 5
 
@@ -116,7 +116,7 @@ _lock = threading.RLock()
 
 
 def chosen() -> Library:
-    """The library in use, chosen at the first call: the one that TINYGRAD2_BLAS names, else the fastest."""
+    """The library in use, chosen on the first call: the one named by TINYGRAD2_BLAS, or else the fastest."""
     global _chosen
     if _chosen is None:
         with _lock:
@@ -125,7 +125,7 @@ def chosen() -> Library:
 
 
 def use(name: str) -> bool:
-    """Use the library of this name from now on, unless TINYGRAD2_BLAS names one; returns whether it is in use."""
+    """Switch to the library of this name, unless TINYGRAD2_BLAS is set. Returns whether it is now in use."""
     global _chosen
     if not os.environ.get("TINYGRAD2_BLAS") and (_chosen is None or name != _chosen.name):
         found = NUMPYS if name == "numpy" else _mkl() if name == "mkl" else None
@@ -134,7 +134,7 @@ def use(name: str) -> bool:
 
 
 def _forced() -> Library | None:
-    """The library that TINYGRAD2_BLAS names, or None. Raises ValueError if there is no such library."""
+    """The library named by TINYGRAD2_BLAS, or None if it is not set. Raises ValueError if there is no such library."""
     name = os.environ.get("TINYGRAD2_BLAS")
     if not name:
         return None
@@ -147,7 +147,7 @@ def _forced() -> Library | None:
 
 
 def _fastest() -> Library:
-    """NumPy's library, or MKL if that is at least GAIN times as fast."""
+    """NumPy's library, or MKL if it is at least GAIN times as fast."""
     kept = [_cached_rates().get(title, math.inf) for title in _titles()]
     if len(kept) == 1 or kept[1] < GAIN * kept[0] < math.inf:
         return NUMPYS  # without loading MKL
@@ -162,14 +162,14 @@ def rates(libraries: Sequence[Library]) -> dict[str, float]:
     """FLOP/s of each library in float32 on one thread, by title; measured once, then cached on disk."""
     kept = _cached_rates()
     if any(library.title not in kept for library in libraries):
-        kept |= measure(libraries)  # all of them, alternately, since they will be compared
+        kept |= measure(libraries)  # all of them, interleaved, since their rates will be compared
         _cache_rates(kept)
     return {library.title: kept[library.title] for library in libraries}
 
 
 def measure(libraries: Sequence[Library]) -> dict[str, float]:
-    """FLOP/s of each library by title: products of SHAPES, alternating between libraries, the best of REPEATS.
-    This takes about 50 milliseconds."""
+    """FLOP/s of each library by title, for the products of SHAPES: the best of REPEATS runs, interleaved between
+    libraries. This takes about 50 milliseconds."""
     best = {(library.title, shape): float("inf") for library in libraries for shape in SHAPES}
     with threads.blas_on_one_thread():
         for shape in SHAPES:
@@ -186,26 +186,26 @@ def measure(libraries: Sequence[Library]) -> dict[str, float]:
 
 
 def considered() -> dict[str, float]:
-    """FLOP/s on one thread of the library in use, and of another one that it was compared with, by title."""
+    """FLOP/s on one thread, by title, of the library in use and of any library that it was compared with."""
     return rates([chosen()]) | {title: rate for title, rate in _cached_rates().items() if title in _titles()}
 
 
 def _titles() -> list[str]:
-    """The titles of the libraries that are installed."""
+    """The titles of the installed libraries."""
     with suppress(metadata.PackageNotFoundError):
         return [NUMPYS.title, f"MKL {metadata.version('mkl')}"]
     return [NUMPYS.title]
 
 
 def description() -> str:
-    """The library in use and its measured rate, and those of the others that are installed."""
+    """One line: the library in use and its measured rate, then the rates of the other installed libraries."""
     first, *others = sorted(considered().items(), key=lambda item: item[0] != chosen().title)
     rest = "".join(f"; {title}: {rate / 1e9:,.0f}" for title, rate in others)
     return f"{first[0]}, {first[1] / 1e9:,.0f} GFLOP/s in float32 on one thread{rest}"
 
 
 def _cached_rates() -> dict[str, float]:
-    """The rates on this processor that are cached on disk, by title."""
+    """The rates cached on disk for this processor, by title."""
     with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
         kept = json.loads(_file().read_text(encoding="utf-8"))[machine.processor_model()]
         return {title: float(rate) for title, rate in kept.items()}
@@ -213,7 +213,7 @@ def _cached_rates() -> dict[str, float]:
 
 
 def _cache_rates(found: dict[str, float]) -> None:
-    """Cache rates on disk. If the folder is not writable, every process measures them again."""
+    """Cache rates on disk. If the folder is not writable, each process measures them again."""
     kept = {}
     with suppress(OSError, ValueError, TypeError):
         kept = dict(json.loads(_file().read_text(encoding="utf-8")))
@@ -233,9 +233,9 @@ def _file() -> Path:
 def gemm(
     a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool = False, library: Library | None = None
 ) -> None:
-    """out = a b, or out += a b if `accumulate`: matrices (m, k), (k, n), (m, n) of the same dtype.
+    """out = a b, or out += a b if `accumulate`, for matrices (m, k), (k, n) and (m, n) of the same dtype.
 
-    library  used instead of the chosen one.
+    library  the library to use instead of the chosen one.
     """
     function = (library or chosen()).functions.get(out.dtype.name)
     left, right, result = layout(a), layout(b), layout(out)
@@ -261,7 +261,7 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray, accumulate: bool) ->
 
 
 def layout(matrix: np.ndarray) -> tuple[int, int] | None:
-    """How BLAS can read the matrix: PLAIN or TRANSPOSED, and its leading dimension; None if it cannot."""
+    """Return PLAIN or TRANSPOSED and the leading dimension, or None if BLAS cannot read the matrix in place."""
     if not matrix.dtype.isnative or any(stride % matrix.itemsize for stride in matrix.strides):
         return None
     rows, columns = (stride // matrix.itemsize for stride in matrix.strides)

@@ -1,8 +1,8 @@
 """Checkpoints: folders that are written atomically, with a checksum for every file.
 
-A checkpoint is written under a temporary name, every file is listed with its SHA-256 in `manifest.json` and flushed to
-disk, and only then is the folder renamed (see files.atomic_write). If writing is interrupted, there is no folder of
-that name, or the old one, or the complete new one.
+A checkpoint is written under a temporary name. `manifest.json` lists every file with its SHA-256. After everything has
+been flushed to disk, the folder is renamed (see files.atomic_write). If writing is interrupted, there is either no
+folder of that name, or the old one, or the complete new one.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from safetensors.numpy import load_file, save_file
 from tinygrad2.files import atomic_write
 
 MANIFEST = "manifest.json"
-JSON_BYTES = 8 << 20  # maximum size of a JSON file; parsed, it can take up to 40 times as much memory
+JSON_BYTES = 8 << 20  # maximum size of a JSON file; when parsed, it can take up to 40 times as much memory
 _NAME = re.compile(r"ckpt-(\d+)")
-JsonObject = dict[str, Any]  # as json.loads returns it
+JsonObject = dict[str, Any]  # as returned by json.loads
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged; the message names the file and the damage."""
+    """Raised if a checkpoint is damaged. The message names the file and the damage."""
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; on exit, lists its checksums, flushes it and renames it to `folder`.
+    """Yield an empty folder to fill. On exit, write its manifest, flush it and rename it to `folder`.
 
-    An existing `folder` is replaced. If the block raises, what was written is removed and `folder` is unchanged.
+    An existing `folder` is replaced. If the block raises, the new files are removed and `folder` is unchanged.
     """
     with atomic_write(folder) as partial:
         partial.mkdir(parents=True)
@@ -49,7 +49,7 @@ def writing(folder: Path) -> Iterator[Path]:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file can be read and has the size and checksum that the manifest lists."""
+    """Raise CheckpointError unless every file can be read and has the size and checksum listed in the manifest."""
     listed = read_json(folder / MANIFEST).get("files")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / MANIFEST}: no files in this manifest")
@@ -59,7 +59,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a file in this folder")
         kinds = {key: type(value) for key, value in expected.items()} if isinstance(expected, dict) else {}
         if kinds != {"bytes": int, "sha256": str}:
-            raise CheckpointError(f"{folder / MANIFEST}: its entry for {name} is not valid; expected bytes and sha256")
+            raise CheckpointError(f"{folder / MANIFEST}: the entry for {name} is not valid; expected bytes and sha256")
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing")
@@ -77,7 +77,7 @@ def name(step: int) -> str:
 
 
 def find(out: Path) -> list[Path]:
-    """The checkpoints in the folder `out`, newest (highest step) first, verified or not."""
+    """The checkpoints in the folder `out`, newest (highest step) first. They are not verified."""
     if not out.is_dir():
         return []
     found = [(int(match[1]), path) for path in out.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
@@ -85,7 +85,7 @@ def find(out: Path) -> list[Path]:
 
 
 def newest(out: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint in `out`, or None, and an error message for each newer one, which is damaged."""
+    """The newest intact checkpoint in `out`, or None, and an error message for each newer, damaged checkpoint."""
     damaged: list[str] = []
     for folder in find(out):
         try:
@@ -97,9 +97,9 @@ def newest(out: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(out: Path, keep: int, spare: set[str]) -> list[str]:
-    """Delete all but the `keep` newest checkpoints in `out` and those named in `spare`.
+    """Delete the checkpoints in `out`, except the `keep` newest ones and those named in `spare`.
 
-    Returns an error message for each one that cannot be deleted, for example because NFS keeps files that are open.
+    Returns an error message for each one that cannot be deleted, for example because NFS keeps open files.
     """
     left = []
     for folder in find(out)[keep:]:
@@ -112,7 +112,7 @@ def prune(out: Path, keep: int, spare: set[str]) -> list[str]:
 
 
 def step_of(folder: Path) -> int:
-    """The step after which a checkpoint of this name was written. Raises ValueError for any other name."""
+    """The step number in the name of a checkpoint. Raises ValueError if it is not the name of a checkpoint."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder}: not the name of a checkpoint; expected ckpt-NUMBER")
@@ -120,7 +120,7 @@ def step_of(folder: Path) -> int:
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write named arrays as one safetensors file. Raises OSError if it cannot be written."""
+    """Write named arrays to a safetensors file. Raises OSError if it cannot be written."""
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -128,7 +128,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     except SafetensorError as error:  # the library's error for a full disk
         raise OSError(f"{path}: cannot be written ({error})") from None
     with suppress(OSError):  # (some file systems have no permissions)
-        path.chmod(mode)  # the library creates files that only their owner can read
+        path.chmod(mode)  # the library creates files that only the owner can read
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -140,7 +140,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write `values` as readable JSON; see `to_json`."""
+    """Write `values` as indented JSON; see `to_json`."""
     path.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
 

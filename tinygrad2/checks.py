@@ -1,4 +1,4 @@
-"""Checks of the arguments of the operations in ops.py, and their results for empty arrays."""
+"""Checks of the arguments of the operations in ops.py, and the results of operations on empty arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygrad2.tensor import Tensor, record
 
 
 def check_tensors(op: str, *tensors: Tensor) -> None:
-    """Check that all are Tensors of one floating-point dtype: types are not promoted."""
+    """Check that all arguments are Tensors of the same floating-point dtype; types are not promoted."""
     for tensor in tensors:
         check_is_tensor(op, tensor)
     dtypes = {tensor.dtype for tensor in tensors}
@@ -31,7 +31,7 @@ def check_is_tensor(op: str, value: object) -> None:
 
 
 def read(op: str, name: str, parameter: Tensor, dtype: DTypeLike) -> Array:
-    """The values of a parameter for an op whose activations have this dtype: see Tensor.read_as."""
+    """The values of a parameter for an operation whose activations have this dtype; see Tensor.read_as."""
     check_is_tensor(op, parameter)
     return parameter.read_as(dtype, f"{op}: {name}")
 
@@ -42,7 +42,7 @@ def read_optional(op: str, name: str, parameter: Tensor | None, dtype: DTypeLike
 
 def empty_result(shape: tuple[int, ...], *parents: Tensor | None, value: float = 0.0) -> Tensor:
     """The result of an operation on empty arrays, which kernels do not support: an empty array, or NaN for a mean.
-    The gradients of its parents are zeros."""
+    The gradients of the parents are zeros."""
     wanted = tuple(parent for parent in parents if parent is not None)
     backend, dtype = wanted[0].backend, wanted[0].data.dtype
     zeros = tuple(parent.data.shape for parent in wanted)
@@ -67,7 +67,8 @@ def expect_shape(op: str, name: str, value: Tensor | Array | None, shape: tuple[
 
 
 def host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
-    """`values` as an int64 array on the host, each checked to be in [0, limit): a GPU would read out of bounds.
+    """Convert `values` to an int64 array on the host. Raises ValueError unless all are in [0, limit), since a GPU would
+    read out of bounds.
 
     An array on a device is copied to the host, which waits for the device.
     """
@@ -79,7 +80,7 @@ def host_indices(op: str, name: str, values: Any, limit: int) -> numpy.ndarray:
             raise ValueError(f"{op}: {name} have rows of different lengths; expected equal lengths") from None
     if not hasattr(values, "dtype"):
         raise TypeError(f"{op}: {name} have type {type(values).__name__}; expected an array of integers")
-    if values.size == 0:  # (NumPy makes an empty list float64)
+    if values.size == 0:  # (NumPy converts an empty list to float64)
         return numpy.zeros(values.shape, dtype=numpy.int64)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} have dtype {values.dtype}; expected integers")

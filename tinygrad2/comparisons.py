@@ -1,4 +1,4 @@
-"""Operators of Tensor: comparisons, logic and floor division, which have no gradient, and in-place operators."""
+"""Operators of Tensor: comparisons, logic and floor division (without gradients), and in-place operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygrad2.methods import Methods, T
 
 
 def _in_place(op: str) -> Callable[[Any, Any], Any]:
-    """The method of an in-place operator. NotImplemented makes Python compute x = x op y."""
+    """The method of an in-place operator. If it returns NotImplemented, Python computes x = x op y."""
 
     def method(x: Any, other: Any) -> Any:
         if x.leaf is None or (autograd.is_recording() and not x._is_parameter):
@@ -28,14 +28,14 @@ def _in_place(op: str) -> Callable[[Any, Any], Any]:
 class Comparisons(Methods[T]):
     """A base class of Tensor.
 
-    `x += y` makes a new Tensor, as x = x + y does. It is an error for a Parameter, and inside no_grad() for any leaf:
-    there, `p -= lr * p.grad` is meant to change the parameter, and would leave it unchanged.
+    `x += y` creates a new Tensor, like x = x + y. It is an error for a Parameter and, inside no_grad(), for any leaf:
+    code such as `p -= lr * p.grad` is meant to update the parameter, but would leave it unchanged.
     """
 
     __slots__ = ()
     _is_parameter = False
 
-    __hash__ = object.__hash__  # by identity, so that a Tensor can be a key
+    __hash__ = object.__hash__  # by identity, so that Tensors can be dictionary keys
 
     def __eq__(self, other: Any) -> T:  # type: ignore[override]
         return self._elementwise("==", numpy.equal, other)
@@ -89,7 +89,7 @@ class Comparisons(Methods[T]):
         return b.remainder(a)
 
     def _elementwise(self, op: str, ufunc: numpy.ufunc, other: Any) -> Any:
-        """The result of a ufunc of the array library, without a gradient; NotImplemented for an unknown operand."""
+        """Call a ufunc of the array library, without a gradient. Returns NotImplemented for an unknown operand type."""
         if not hasattr(other, "dtype") and not isinstance(other, int | float | list | tuple):
             return NotImplemented
         a, b = self._operands(op, other)

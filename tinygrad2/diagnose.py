@@ -16,8 +16,8 @@ import threadpoolctl
 
 
 def blas() -> dict[str, Any]:
-    """The BLAS library: FLOP/s in float32 on all threads and on one, threadpoolctl's description of NumPy's libraries,
-    MKL's version if it is used, and a description of the library that was chosen."""
+    """The BLAS library: FLOP/s in float32 on all threads and on one thread, threadpoolctl's description of NumPy's
+    libraries, the version of MKL if it is used, and a description of the chosen library."""
     libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     from tinygrad2 import backend, blas  # imported late, since it may load MKL
 
@@ -35,7 +35,7 @@ def blas() -> dict[str, Any]:
 
 
 def compiled_kernels() -> dict[str, Any]:
-    """Numba's version, the number of compiled kernels, their cache folder, and the number of files in it."""
+    """The version of Numba, the number of compiled kernels, their cache folder, and the number of files in it."""
     import numba
 
     from tinygrad2.backend import get_backend
@@ -50,7 +50,7 @@ def compiled_kernels() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """CuPy's version, whether a matrix product is correct, the GPU's name and its memory in bytes."""
+    """The version of CuPy, whether a matrix product is correct, and the name and memory (bytes) of the GPU."""
     from tinygrad2.backend import get_backend
 
     cupy = get_backend("cuda").np

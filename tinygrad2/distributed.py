@@ -1,16 +1,16 @@
-"""Several processes that train one model together: the ranks of an MPI job, or a single process.
+"""Data-parallel training of one model by several processes: the ranks of an MPI job, or a single process.
 
-Every rank has a copy of the parameters and computes the gradients of its own part of each batch. Ranks communicate
-through a `Comm`: `world()` returns the one for this process, and callers need not know how many ranks there are.
+Every rank has a copy of the parameters and computes the gradients for its own part of each batch. Ranks communicate
+through a `Comm`. `world()` returns the one for this process; callers do not need to know the number of ranks.
 
-The all-reduce is implemented here, as a reduce-scatter and an all-gather: each rank receives all contributions to its
-own share of a buffer, sums them in rank order, and sends the result to the others. It moves the minimum amount of data,
-uses both directions of every link, and gives the same bits in every run on the same number of ranks, with any MPI
-library.
+The all-reduce is implemented here, as a reduce-scatter followed by an all-gather. Each rank receives all contributions
+to its own share of a buffer, sums them in rank order, and sends the result to the others. This moves the minimum amount
+of data, uses both directions of every link, and gives the same bits in every run with the same number of ranks and any
+MPI library.
 
-A rank that fails ends the job. An uncaught exception is printed and aborts every rank. A process that was killed or
-stopped cannot report it. Therefore each rank sends heartbeats from a background thread, also during a long step,
-checkpoint or compilation.
+If a rank fails, the job ends. An uncaught exception is printed and aborts all ranks. A process that was killed or
+suspended cannot report a failure. Therefore each rank sends heartbeats from a background thread, even during a long
+step, checkpoint or compilation.
 """
 
 from __future__ import annotations
@@ -41,26 +41,27 @@ T = TypeVar("T")
 
 HEARTBEAT = 1.0  # seconds between heartbeats
 TIMEOUT = 20.0  # seconds without a heartbeat after which a rank counts as dead
-POLL = 5e-5  # seconds between polls of a transfer: MPI makes progress only when it is called
-POLL_WHILE_COMPUTING = 2e-4  # the same while the caller computes
+POLL = 5e-5  # seconds between polls of a transfer; MPI makes progress only when it is called
+POLL_WHILE_COMPUTING = 2e-4  # the same, while the caller computes
 RECEIVE_BUFFER = 16 << 20  # maximum size of the receive buffer of a sum, in bytes
-ABORT_TIMEOUT = 5.0  # seconds that an abort may take before the process exits anyway
+ABORT_TIMEOUT = 5.0  # seconds to wait for an abort before the process exits anyway
 
-# Environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
+# The environment variables that each launcher sets, in order of precedence: the number of ranks, and the rank of this
 # process. mpirun inside a Slurm job step takes precedence over the step.
 LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI
-    ("PMI_SIZE", "PMI_RANK"),  # MPICH and its relatives
+    ("PMI_SIZE", "PMI_RANK"),  # MPICH and its derivatives
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # srun
 )
 
 
 class Comm(Protocol):
-    """Communication between ranks. Every method but `abort` is called by all ranks, in the same order.
+    """Communication between ranks. All ranks must call every method except `abort`, in the same order.
 
-    rank, size  this rank, from 0 to size - 1, and the number of ranks.
-    waited      seconds that the caller has spent waiting for other ranks so far, in `waiting()`.
-    idle_cores  number of this machine's cores that the launcher may use but has not bound any rank to.
+    rank        this rank, from 0 to size - 1.
+    size        the number of ranks.
+    waited      total seconds that the caller has spent waiting for other ranks, in `waiting()`.
+    idle_cores  number of cores of this machine that the launcher may use but has not bound any rank to.
     """
 
     rank: int
@@ -75,45 +76,45 @@ class Comm(Protocol):
         """
 
     def all_gather(self, array: numpy.ndarray) -> numpy.ndarray:
-        """The arrays of all ranks, of the same shape and dtype, stacked in rank order: (size, *array.shape)."""
+        """Stack the arrays of all ranks, which have the same shape and dtype, in rank order: (size, *array.shape)."""
 
     def gather_shares(self, share: numpy.ndarray, whole: numpy.ndarray | None) -> None:
-        """Gather the shares of all ranks in `whole`, a flat host array, on rank 0; other ranks pass None."""
+        """Gather the shares of all ranks into `whole`, a flat host array on rank 0. The other ranks pass None."""
 
     def start_sum(self, flat: numpy.ndarray, share_only: bool, after: Callable[[], None]) -> Future[None]:
-        """Start summing a flat host array over the ranks, in place; with share_only, only this rank's share of it.
+        """Start summing a flat host array over the ranks, in place. If share_only, sum only this rank's share.
 
-        after  called first, in the background: it waits until the array is ready.
+        after  is called first, in the background, and returns when the array is ready.
         """
 
     def start_all_gather(self, flat: numpy.ndarray, after: Callable[[], None]) -> Future[None]:
-        """Start filling a flat host array, of which each rank has its own share, with the shares of the others."""
+        """Start an all-gather, in place, of a flat host array of which each rank has its own share."""
 
     def nccl(self, device: Backend) -> NcclComm | None:
-        """Communication from GPU to GPU for arrays of this backend, or None if they pass through host memory.
+        """GPU-to-GPU communication for arrays of this backend, or None if they are transferred through host memory.
 
-        Available if each rank has its own GPU and NCCL is installed. All ranks must make the first call.
+        It is available if each rank has its own GPU and NCCL is installed. The first call is collective.
         """
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside this context, the caller only waits for operations already started; the time is added to `waited`."""
+        """A context in which the caller only waits for operations already started. The time is added to `waited`."""
         yield
 
     def silence_other_ranks(self) -> None:
         """From now on, only rank 0 prints to standard output."""
 
     def abort(self, code: int) -> None:
-        """End every rank at once, with this exit status. Returns only if there is a single rank."""
+        """End all ranks immediately, with this exit status. Returns only if there is a single rank."""
 
 
 def share(n: int, rank: int, size: int) -> tuple[int, int]:
-    """A rank's share (start, stop) of n numbers. Shares are contiguous, in rank order, and of nearly equal size."""
+    """A rank's share (start, stop) of n elements. Shares are contiguous, in rank order, and of nearly equal size."""
     return n * rank // size, n * (rank + 1) // size
 
 
 class Staging:
-    """Host memory for transferring an array between its device and other ranks, reused in every step."""
+    """Host memory for transferring an array between its device and other ranks. It is reused in every step."""
 
     def __init__(self) -> None:
         self.host: numpy.ndarray | None = None
@@ -138,7 +139,7 @@ class HostTransfer:
 
 
 def all_gather(comm: Comm, device: Backend, arrays: Sequence[tuple[Array, Staging]]) -> None:
-    """Fill flat arrays of a device, of which each rank has its own share, with the shares of the others."""
+    """All-gather flat arrays on a device, in place. Each rank has its own share of each array."""
     if nccl := comm.nccl(device):
         for array, _ in arrays:
             nccl.start_all_gather(array)
@@ -151,17 +152,17 @@ def all_gather(comm: Comm, device: Backend, arrays: Sequence[tuple[Array, Stagin
 
 
 class NcclComm:
-    """Communication from GPU to GPU by NCCL, on a separate stream, so that it overlaps with computation.
+    """GPU-to-GPU communication with NCCL, on a separate stream, so that it overlaps with computation.
 
-    Every method launches an operation and returns; the host never waits. A transfer starts when all operations
-    launched before it are done; an operation launched after `join` starts when all transfers are done.
+    Every method launches an operation and returns; the host never waits. A transfer starts when all previously launched
+    operations are done; an operation launched after `join` starts when all transfers are done.
 
-    identity  the unique id of this group of ranks, from rank 0's `nccl.get_unique_id()`.
+    identity  the unique ID of this group of ranks, from rank 0's `nccl.get_unique_id()`.
     """
 
     def __init__(self, device: Backend, nccl: Any, rank: int, size: int, identity: Any):
-        # By default NCCL chooses the algorithm that it expects to be fastest, and a reduction in the switch rounds
-        # differently from a ring.
+        # By default, NCCL chooses the algorithm that it expects to be fastest. A reduction in the switch rounds
+        # differently from a ring, so the algorithm is fixed.
         os.environ.setdefault("NCCL_ALGO", "Ring")
         self.size = size
         assert device.cuda is not None
@@ -169,10 +170,10 @@ class NcclComm:
         self._codes = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self._communicator = nccl.NcclCommunicator(size, identity, rank)
         self._stream = device.np.cuda.Stream(non_blocking=True)
-        self._in_flight: list[Array] = []  # references that keep the memory from being reused
+        self._in_flight: list[Array] = []  # references that prevent reuse of the memory
 
     def start_sum(self, flat: Array, share_only: bool = False) -> None:
-        """Start summing a flat array over the ranks, in place; with share_only, only this rank's share of it."""
+        """Start summing a flat array over the ranks, in place. If share_only, sum only this rank's share."""
         pointer, code = self._begin(flat)
         add, stream = self._nccl.NCCL_SUM, self._stream.ptr
         if share_only:
@@ -183,7 +184,7 @@ class NcclComm:
         self._nccl.groupEnd()
 
     def start_all_gather(self, flat: Array) -> None:
-        """Start filling a flat array, of which each rank has its own share, with the shares of the others."""
+        """Start an all-gather, in place, of a flat array of which each rank has its own share."""
         pointer, code = self._begin(flat)
         for root, (start, count) in enumerate(self._shares(flat)):
             self._communicator.bcast(pointer + start, count, code, root, self._stream.ptr)
@@ -192,7 +193,7 @@ class NcclComm:
     def join(self) -> None:
         """Make the current stream wait for all transfers."""
         self._cuda.get_current_stream().wait_event(self._event(self._stream))
-        self._in_flight.clear()  # from here on, the memory is reused only in the order of the current stream
+        self._in_flight.clear()  # from now on, stream order protects the memory from reuse
 
     def _begin(self, flat: Array) -> tuple[int, int]:
         self._stream.wait_event(self._event())
@@ -248,14 +249,14 @@ class SoloComm:
 class MPIComm:
     """The ranks of an MPI job.
 
-    Each thread has its own communicator, so that their messages cannot be mixed up: `_calls` for operations that the
-    caller waits for, `_bulk` for the thread that transfers gradients, `_heartbeats`. No call blocks inside MPI, which
-    would busy-wait: a waiting thread polls the request and sleeps in between.
+    Each thread has its own communicator, so that messages cannot be mixed up: `_calls` for operations that the caller
+    waits for, `_bulk` for the thread that transfers gradients, and `_heartbeats`. No call blocks inside MPI, which
+    would busy-wait; instead, a waiting thread polls the request and sleeps in between.
     """
 
     def __init__(self, MPI: Any):
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            raise ValueError("MPI: this library does not let several threads communicate (MPI_THREAD_MULTIPLE)")
+            raise ValueError("MPI: this library does not support calls from several threads (MPI_THREAD_MULTIPLE)")
         self._in_place, self._any_source, self._status = MPI.IN_PLACE, MPI.ANY_SOURCE, MPI.Status
         world = MPI.COMM_WORLD
         self.rank, self.size, self.waited = world.rank, world.size, 0.0
@@ -273,7 +274,7 @@ class MPIComm:
         self._ending = threading.Event()
         self._monitor = threading.Thread(target=self._exchange_heartbeats, name="heartbeat", daemon=True)
         self._monitor.start()
-        atexit.register(self._leave)  # runs before mpi4py's own handler, which finalizes MPI
+        atexit.register(self._leave)  # this runs before mpi4py's own handler, which finalizes MPI
 
     def from_root(self, function: Callable[[], T]) -> T:
         error: BaseException | None = None
@@ -289,7 +290,7 @@ class MPIComm:
         if error is not None:
             raise error
         if failed:
-            raise SystemExit(0)  # rank 0 reports the error, and its exit status is the job's
+            raise SystemExit(0)  # rank 0 reports the error and determines the exit status of the job
         return result
 
     def all_gather(self, array: numpy.ndarray) -> numpy.ndarray:
@@ -319,7 +320,7 @@ class MPIComm:
             self._all_gather(flat, lambda: None)
 
     def _sum_shares(self, flat: numpy.ndarray, counts: list[int], starts: list[int]) -> None:
-        """Reduce-scatter: each rank sums its counts[rank] elements of `flat` from starts[rank] over all ranks."""
+        """Reduce-scatter: each rank computes the sum over all ranks of its counts[rank] elements from starts[rank]."""
         n, start = counts[self.rank], starts[self.rank]
         nbytes = self.size * n * flat.itemsize
         if self._received.nbytes < nbytes:
@@ -334,7 +335,7 @@ class MPIComm:
         self._await(self._bulk.Iallgatherv(self._in_place, [flat, self._layout(len(flat))]))
 
     def _layout(self, n: int) -> tuple[list[int], list[int]]:
-        """(counts, starts) of the shares of n numbers, in the form that MPI expects."""
+        """(counts, starts) of the shares of n elements, as MPI expects them."""
         parts = [share(n, rank, self.size) for rank in range(self.size)]
         return [stop - start for start, stop in parts], [start for start, _ in parts]
 
@@ -374,15 +375,15 @@ class MPIComm:
         fallback = threading.Timer(ABORT_TIMEOUT, os._exit, (code,))
         fallback.daemon = True
         fallback.start()
-        time.sleep(0.1)  # so that mpirun reads the output before it handles the abort
+        time.sleep(0.1)  # let mpirun read the output before it handles the abort
         self._calls.Abort(code)
         os._exit(code)
 
     def _exchange_heartbeats(self) -> None:
-        """Send a heartbeat every second, and end the job if those of another rank stop.
+        """Send a heartbeat every second, and end the job if another rank's heartbeats stop.
 
-        Rank 0 monitors every other rank, and each of them monitors rank 0. Time during which this process itself was
-        suspended does not count, since the others may have been suspended with it.
+        Rank 0 monitors every other rank, and each of them monitors rank 0. Time during which this process was suspended
+        does not count, since the others may have been suspended too.
         """
         peers = range(1, self.size) if self.rank == 0 else range(1)
         heard = dict.fromkeys(peers, time.monotonic())
@@ -404,7 +405,7 @@ class MPIComm:
                     self.abort(1)
 
     def _leave(self) -> None:
-        """At exit: wait for the other ranks, which may still write a checkpoint, and only then stop the heartbeat."""
+        """At exit, wait for the other ranks, which may still be writing a checkpoint; then stop the heartbeat."""
         self._await(self._calls.Ibarrier(), POLL)
         self._ending.set()
         self._monitor.join()
@@ -414,12 +415,12 @@ _world: Comm | None = None
 
 
 def world() -> Comm:
-    """The ranks of this process's job, or a single one. Without a launcher, mpi4py is not imported.
+    """The communicator of this process's job. Without a launcher, there is a single rank, and mpi4py is not imported.
 
-    With several ranks the first call sets up this rank: its share of the machine's cores, its own GPU, and a hook that
-    ends the job at an uncaught exception.
+    If there are several ranks, the first call sets up this rank: its share of the machine's cores, its own GPU, and a
+    hook that ends the job if there is an uncaught exception.
 
-    Raises ValueError if mpi4py is missing, or uses a different MPI from that of the mpirun that started this process.
+    Raises ValueError if mpi4py is missing, or uses a different MPI library than the mpirun that started this process.
     """
     global _world
     if _world is None:
@@ -439,23 +440,23 @@ def _launched() -> tuple[int, int]:
 
 def _join(size: int, rank: int) -> MPIComm:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about another MPI's mpirun, which is reported below
+        with warnings.catch_warnings(action="ignore"):  # warnings about a different mpirun, which is reported below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"rank {rank} of {size}: mpi4py does not work ({error}); {install_command('mpi')}") from None
     if MPI.COMM_WORLD.size != size:
         if rank:
-            raise SystemExit(1)  # every process sees a job of one rank; the first one reports it
+            raise SystemExit(1)  # every process sees a job with one rank; the first one reports it
         library = MPI.Get_library_version().split(",")[0]
         if not any(os.environ.get(name) for name, _ in LAUNCHERS[:-1]):
             raise ValueError(
-                f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in a shell "
-                f"of srun --pty use `srun --overlap -n {size} python ...`, or for one process unset "
-                f"SLURM_STEP_NUM_TASKS; in a job use srun --mpi=pmix, or the mpirun of that MPI"
+                f"Slurm's step has {size} tasks, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: in an "
+                f"srun --pty shell, use `srun --overlap -n {size} python ...`, or unset SLURM_STEP_NUM_TASKS for a "
+                f"single process; in a job, use srun --mpi=pmix, or the mpirun of that MPI"
             )
         raise ValueError(
-            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}: it is not the "
-            f"MPI of the mpirun that started them; use the mpirun of that MPI, or install only one of the two"
+            f"{size} ranks were started, but mpi4py's MPI ({library}) sees {MPI.COMM_WORLD.size}, since they were "
+            f"started by the mpirun of a different MPI; use the mpirun of {library}, or install only one MPI"
         )
     comm = MPIComm(MPI)
     threads.set_count(comm.threads)
@@ -474,20 +475,20 @@ def _join(size: int, rank: int) -> MPIComm:
 
 
 def fail(line: str, code: int) -> int:
-    """Print an error and end all ranks; returns `code` if there is only one.
+    """Print an error and end all ranks. Returns `code` if there is only one rank.
 
-    If all ranks fail for the same reason, it is printed once: the others wait for rank 0, which ends the job.
+    If all ranks fail for the same reason, it is printed only once: the others wait for rank 0, which ends the job.
     """
     comm = _world or SoloComm()
     rank = comm.rank if _world else _launched()[1]
     time.sleep(min(rank, 2))
     if rank:
-        line = f"rank {rank}: {line}"  # rank 0 has not failed
+        line = f"rank {rank}: {line}"  # reached only if rank 0 has not ended the job
     print(line, file=sys.stderr, flush=True)
     comm.abort(code)
     return code
 
 
 def fair_threads(masks: list[set[int]], rank: int) -> int:
-    """The number of threads for a rank: each core of its affinity mask counts 1 / (number of ranks on that core)."""
+    """The number of threads for a rank. Each core in its affinity mask counts 1 / (number of ranks on that core)."""
     return max(1, int(sum(1 / sum(core in mask for mask in masks) for core in masks[rank]) + 1e-9))

@@ -22,22 +22,22 @@ else:
     import fcntl
 
 HEARTBEAT = 10.0  # seconds between renewals of a lock file
-FRESH = 60.0  # seconds without a renewal after which a lock file of another host has expired
-SETTLING = 0.5  # seconds to wait for competing writes to a lock file, where the file system has no locks
+FRESH = 60.0  # seconds without a renewal after which another host's lock file expires
+SETTLING = 0.5  # seconds to wait for competing writes to a lock file if the file system does not support locks
 LOCKED_BYTE = 1 << 30  # the byte of a lock file that is locked on Windows
-# The errors of a file system that does not support an operation.
+# The errors that mean that the file system does not support an operation.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
 def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
-    """Yields a temporary path at which to create a file, a folder or a link, and then renames it to `path`.
+    """Yield a temporary path at which the block creates a file, a folder or a link, then rename it to `path`.
 
-    The content is flushed to disk first. An existing `path` is replaced; a reader sees the old or the new content.
-    If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves at most the
-    temporary path, which the next call removes.
+    The content is flushed to disk before it is renamed. An existing `path` is replaced; a reader sees either the old or
+    the new content. If the block raises, the temporary path is removed and `path` is unchanged. A killed process leaves
+    at most the temporary path, which the next call removes.
 
-    suffix  of the temporary name; processes with different suffixes may write the same path concurrently.
+    suffix  the suffix of the temporary name. Processes with different suffixes can write the same path concurrently.
     """
     partial = path.with_name(f".{path.name}.{suffix}")
     remove(partial)
@@ -57,7 +57,7 @@ def atomic_write(path: Path, suffix: str = "partial") -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Replace a folder by another, which file systems cannot do in one step."""
+    """Replace a folder with another one. File systems cannot do this in one step."""
     old = path.with_name(f".{path.name}.replaced")
     remove(old)
     path.rename(old)
@@ -71,16 +71,16 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises FileExistsError if the name belongs to a file or to a broken link."""
+    """Create a folder and its parents. Raises FileExistsError if the path is a file or a broken link."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         found = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "a file"
-        raise FileExistsError(f"{path}: {found}; expected a folder, or a name that is not in use") from None
+        raise FileExistsError(f"{path}: {found}; expected a folder, or a path that does not exist") from None
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with its contents, if it exists."""
+    """Delete a file, a link, or a folder and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -89,7 +89,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or a folder and its contents, to the disk."""
+    """Flush a file, or a folder and its contents, to disk."""
     if path.is_dir():
         for inside in sorted(path.rglob("*")):
             flush_entry(inside)
@@ -97,7 +97,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Flush one file, or the entries of one folder, to the disk. Some file systems cannot flush folders."""
+    """Flush one file, or the entries of one folder, to disk. Some file systems cannot flush folders."""
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
         return  # Windows cannot open folders
@@ -114,7 +114,7 @@ def flush_entry(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError raised in this block that names no file, as errors of open file handles do not."""
+    """Add `path` to an OSError raised in this block that has no file name, such as an error of an open file."""
     try:
         yield
     except OSError as error:
@@ -123,10 +123,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def clean(folder: Path) -> None:
-    """Undo interrupted writes to a folder: remove temporary files, and restore what was being replaced."""
+    """Clean up interrupted writes to a folder: remove temporary files, and restore what was being replaced."""
     for path in [*folder.glob(".*.replaced"), *folder.glob(".*.partial")]:
         name, _, kind = path.name[1:].rpartition(".")
-        with suppress(OSError):  # a leftover does no harm until the same path is written again
+        with suppress(OSError):  # a leftover is harmless; the next write to the same path removes it
             if kind == "replaced" and not os.path.lexists(folder / name):
                 path.rename(folder / name)
             else:
@@ -134,7 +134,7 @@ def clean(folder: Path) -> None:
 
 
 def free_name(path: Path, separator: str = "-") -> Path:
-    """`path`, or if it exists, the first of path-1, path-2, ... that does not."""
+    """`path` or, if it exists, the first of path-1, path-2, ... that does not exist."""
     found, number = path, 0
     while os.path.lexists(found):
         number += 1
@@ -143,7 +143,7 @@ def free_name(path: Path, separator: str = "-") -> Path:
 
 
 def write_error(folder: Path) -> str:
-    """The error when a file is created in a folder, or in its nearest existing parent; "" if there is none."""
+    """The error message when creating a file in a folder (or in its nearest existing parent), or "" if it succeeds."""
     existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
@@ -161,16 +161,16 @@ def discard_stdout() -> None:
 
 
 class Lock:
-    """Keeps other processes out of a folder, by a file that the operating system locks for this process.
+    """Keeps other processes out of a folder, with a file that the operating system locks for this process.
 
-    The lock ends when its process ends, even if it is killed; the file is removed when the lock is released. It
-    contains the host, the process and the time, for error messages in other processes. Some file systems do not share
-    locks between hosts, or have none. Therefore the file's modification time is updated every HEARTBEAT seconds, and a
-    file of another host counts as locked until it is FRESH seconds old.
+    The lock is released when the process ends, even if it is killed. The file is removed when the lock is released
+    normally. It contains the host, the process and the time, for error messages in other processes. Some file systems
+    do not share locks between hosts, or do not support locks. Therefore the file's modification time is updated every
+    HEARTBEAT seconds, and another host's file counts as locked until it is FRESH seconds old.
 
     file   the lock file, in a folder that exists.
     what   what is locked, for error messages.
-    stale  whether the previous owner ended without releasing the lock.
+    stale  whether the previous owner ended without removing the file.
     """
 
     def __init__(self, file: Path, what: str):
@@ -193,7 +193,7 @@ class Lock:
                 with naming(self.file):
                     locked = _try_lock(handle)
                     if locked is not False and not _is_at(handle, self.file):
-                        os.close(handle)  # its owner has removed the file since it was opened
+                        os.close(handle)  # its owner has removed the file in the meantime
                         continue
                     self._own(handle, locked)
                 break
@@ -207,7 +207,7 @@ class Lock:
     def _own(self, handle: int, locked: bool | None) -> None:
         """Write this process into the file as the owner. Raises ValueError if another process holds the lock.
 
-        locked  whether the operating system has granted the lock; None if the file system has no locks.
+        locked  whether the operating system has granted the lock; None if the file system does not support locks.
         """
         content = _content(handle)
         owner = _owner(content)
@@ -217,7 +217,7 @@ class Lock:
         if content.get("machine") != (machine() if locked else None) and "process" in content and abs(age) < FRESH:
             raise ValueError(
                 f"{self.file}: {owner} was using {self.what} {max(0, age):.0f} s ago, and this file system may not "
-                f"share locks between hosts; wait for it to end, or if it has been killed, for {FRESH - age:.0f} s"
+                f"share locks between hosts; wait for it to end, or if it was killed, wait {FRESH - age:.0f} s"
             )
         self.stale = os.fstat(handle).st_size > 0
         started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -241,11 +241,11 @@ class Lock:
         return self._handle >= 0 and _is_at(self._handle, self.file)
 
     def release(self) -> None:
-        """Remove the file and end the lock."""
+        """Remove the file and release the lock."""
         if self._handle < 0:
             return
         self._ending.set()
-        if self.held() and os.name != "nt":  # while still locked, so that it cannot be another process's file
+        if self.held() and os.name != "nt":  # remove it while locked, so that it cannot be another process's file
             with suppress(OSError):
                 self.file.unlink()
         os.close(self._handle)
@@ -256,7 +256,8 @@ class Lock:
 
 
 def _try_lock(handle: int) -> bool | None:
-    """Lock an open file without waiting. False if another process holds the lock; None if locks are not supported."""
+    """Lock an open file without waiting. Returns False if another process holds the lock, and None if the file system
+    does not support locks."""
     try:
         if sys.platform == "win32":
             os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)  # past the end, so that the content stays readable
@@ -281,7 +282,7 @@ def _is_at(handle: int, file: Path) -> bool:
 
 
 def _content(handle: int) -> dict[str, object]:
-    """The content of a lock file; empty if a Lock did not write it."""
+    """The content of a lock file; empty if it was not written by a Lock."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         content = json.loads(os.read(handle, 4096))
@@ -297,7 +298,7 @@ def _owner(content: dict[str, object]) -> str:
 
 
 def _age(handle: int, folder: Path) -> float:
-    """Seconds since an open file was last written, by the clock of its file system."""
+    """Seconds since an open file was last modified, by the clock of its file system."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_mtime - os.fstat(handle).st_mtime
@@ -307,7 +308,7 @@ def _age(handle: int, folder: Path) -> float:
 
 @functools.cache
 def machine() -> str:
-    """An identifier of the running system, shared by its containers: file locks work between all their processes."""
+    """An identifier of the running system. Containers on it share the identifier, and file locks work among them."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,6 +1,6 @@
 """Operations as functions: tinygrad2.relu(x), tinygrad2.maximum(a, b), tinygrad2.concatenate([a, b]).
 
-Each method of Tensor (tensor.py, methods.py) has a function of the same name here, which also accepts an array, a
+Each method of Tensor (see tensor.py and methods.py) has a function of the same name, which also accepts an array, a
 number or nested lists instead of a Tensor. Other functions join or create tensors, or are for neural networks:
 
     join        concatenate (cat) stack vstack hstack dstack meshgrid
@@ -9,7 +9,7 @@ number or nested lists instead of a Tensor. Other functions join or create tenso
     losses      cross_entropy nll_loss mse_loss l1_loss binary_cross_entropy binary_cross_entropy_with_logits
     create      zeros ones full eye arange linspace rand randn zeros_like ones_like full_like
 
-The operations of GPT-2 are in ops.py, and are also available in this module.
+The operations of GPT-2 are defined in ops.py, and are also available here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Operand = Tensor | ArrayLike
 
 
 def _missing(name: str) -> AttributeError:
-    """The error for a function that does not exist, with what to use instead."""
+    """The error for a function that does not exist, which suggests what to use instead."""
     hints = dict(missing_names.FUNCTIONS)
     if name not in hints and hasattr(Tensor, name):
         hints[name] = f"use the method: x.{name}"
@@ -80,13 +80,13 @@ def _tensor(value: Operand) -> Tensor:
 
 
 def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
-    """The values as Tensors of one dtype, by the rules of arguments.py."""
+    """The values as Tensors of a common dtype, by the promotion rules in arguments.py."""
     if not isinstance(values, list | tuple):
         raise TypeError(f"{op}: expected a list or tuple of tensors, got {type(values).__name__}")
     if not values:
         raise ValueError(f"{op}: the list is empty; expected at least one tensor")
     like = next((value for value in values if isinstance(value, Tensor)), _tensor(values[0]))
-    for value in values:  # promotes it if another dtype is wider
+    for value in values:  # promote `like` to the widest dtype
         like = like._operands(op, value, broadcast=False)[0]
     return [like._operands(op, value, broadcast=False)[1] for value in values]
 
@@ -96,7 +96,7 @@ def _tensors(op: str, values: Sequence[Operand]) -> list[Tensor]:
 
 @protocols.pytorch_names
 def concatenate(tensors: Sequence[Operand], axis: int | None = 0) -> Tensor:
-    """Tensors of one dtype, and of equal shapes except along `axis`, joined along it; axis None joins them flattened.
+    """Join tensors along an axis. Their shapes must be equal except along `axis`. If axis is None, they are flattened.
 
     >>> concatenate([ones(2, 3), zeros(2, 1)], axis=1).shape
     (2, 4)
@@ -116,31 +116,31 @@ def stack(tensors: Sequence[Operand], axis: int = 0) -> Tensor:
     given = _tensors("stack", tensors)
     for i, x in enumerate(given):
         if x.shape != given[0].shape:
-            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, as the first")
+            raise ValueError(f"stack: tensor {i} has shape {x.shape}; expected {given[0].shape}, like tensor 0")
     at = axis_of("stack", axis, given[0].ndim + 1)
     return methods.concatenate([x.unsqueeze(at) for x in given], at)
 
 
 def vstack(tensors: Sequence[Operand]) -> Tensor:
-    """Join tensors along the first axis, vectors as rows."""
+    """Join tensors along the first axis. Vectors are treated as rows."""
     given = _tensors("vstack", tensors)
     return methods.concatenate([x if x.ndim > 1 else x.reshape(1, x.size) for x in given], 0)
 
 
 def hstack(tensors: Sequence[Operand]) -> Tensor:
-    """Join tensors along the second axis, vectors along their only axis."""
+    """Join tensors along the second axis. Vectors are joined along their only axis."""
     given = [x if x.ndim else x.reshape(1) for x in _tensors("hstack", tensors)]
     return methods.concatenate(given, builtins.min(1, given[0].ndim - 1))
 
 
 def dstack(tensors: Sequence[Operand]) -> Tensor:
-    """Join tensors along the third axis; vectors are treated as (1, n, 1) and matrices as (m, n, 1)."""
+    """Join tensors along the third axis. Vectors are treated as (1, n, 1), and matrices as (m, n, 1)."""
     given = [x.reshape(1, x.size) if x.ndim < 2 else x for x in _tensors("dstack", tensors)]
     return methods.concatenate([x.unsqueeze(-1) if x.ndim < 3 else x for x in given], 2)
 
 
 def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
-    """The coordinates of a grid: each vector's elements along its own axis. "xy" exchanges the first two axes."""
+    """The coordinates of a grid, with the elements of each vector along its own axis. "xy" swaps the first two axes."""
     if indexing not in ("xy", "ij"):
         raise ValueError(f'meshgrid: indexing is {indexing!r}; expected "xy" or "ij"')
     given = [x.ravel() for x in map(_tensor, vectors)]
@@ -156,10 +156,10 @@ def meshgrid(*vectors: Operand, indexing: str = "xy") -> tuple[Tensor, ...]:
 
 
 def einsum(subscripts: str, *operands: Operand) -> Tensor:
-    """The sum of products given by the subscripts, as in NumPy's einsum: "ij,jk->ik" is a matrix product.
+    """The sum of products specified by the subscripts, as in NumPy's einsum: "ij,jk->ik" is a matrix product.
 
     Each operand has one letter per axis; "..." stands for further axes, which broadcast. Letters that are not in the
-    result are summed over; without "->", the result has the letters that appear once, in alphabetical order. Operands
+    result are summed over. Without "->", the result has the letters that appear once, in alphabetical order. Operands
     are multiplied from left to right, two at a time, as matrix products.
     """
     tensors = _tensors("einsum", operands)
@@ -184,7 +184,7 @@ def einsum(subscripts: str, *operands: Operand) -> Tensor:
 
 
 def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
-    """The letters of each operand's axes and of the result's; "..." is replaced by letters that are not in use."""
+    """The letters of the axes of each operand and of the result. "..." is replaced by unused letters."""
     text = subscripts.replace(" ", "")
     left, arrow, result = text.partition("->")
     terms, letters = left.split(","), set(text) - {",", ".", "-", ">"}
@@ -214,7 +214,7 @@ def _parse_einsum(subscripts: str, axes: list[int]) -> tuple[list[str], str]:
 
 
 def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """Take the diagonal for every letter that appears twice in a term, and sum over letters that are not kept."""
+    """Take the diagonal for every letter that appears twice in a term, and sum over letters not in `keep`."""
     for letter in dict.fromkeys(term):
         while term.count(letter) > 1:
             first, second = term.index(letter), term.rindex(letter)
@@ -225,7 +225,8 @@ def _reduce(term: str, x: Tensor, keep: set[str]) -> tuple[str, Tensor]:
 
 
 def _multiply(a: str, x: Tensor, b: str, y: Tensor, keep: set[str]) -> tuple[str, Tensor]:
-    """The product of two terms: letters in both terms are batch axes if they are kept, else summed over."""
+    """The product of two terms. Letters in both terms are batch axes if they are in `keep`; otherwise, they are summed
+    over."""
     lengths = dict(zip(a, x.shape, strict=True))
     for letter, n in zip(b, y.shape, strict=True):
         lengths[letter] = n if lengths.get(letter, 1) == 1 else lengths[letter]
@@ -269,7 +270,7 @@ def kron(a: Operand, b: Operand) -> Tensor:
 
 
 def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias (C,) are 1 and 0 if None."""
+    """weight (x - mean) / sqrt(var + eps) + bias over the last axis; weight and bias are (C,), by default 1 and 0."""
     x = _tensor(x)
     if x.ndim == 0:
         raise ValueError("layernorm: x has shape (); expected (..., C)")
@@ -281,7 +282,7 @@ def layernorm(x: Operand, weight: Tensor | None = None, bias: Tensor | None = No
 def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, times weight (C,) if given (arXiv:1910.07467, eq. 4).
 
-    If x has 16 bits, it is computed in float32.
+    16-bit inputs are computed in float32.
     """
     x = _tensor(x)
     if x.ndim == 0 or (weight is not None and weight.shape != x.shape[-1:]):
@@ -296,9 +297,9 @@ def rmsnorm(x: Operand, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 def rotary_embedding(
     x: Operand, positions: ArrayLike | int = 0, base: float = 10000.0, interleaved: bool = False
 ) -> Tensor:
-    """Rotate pair i, (u, v), of the last axis by the angle position base^(-2 i / D) (arXiv:2104.09864).
+    """Rotate each pair i of elements of the last axis by the angle position base^(-2 i / D) (arXiv:2104.09864).
 
-    x (..., T, D), D even -> (..., T, D): queries or keys. (u cos - v sin, v cos + u sin).
+    x (..., T, D), queries or keys with D even -> (..., T, D). A pair (u, v) becomes (u cos - v sin, v cos + u sin).
     positions    the positions of the T tokens (T,), or the first position.
     interleaved  if true, pair i is elements 2 i and 2 i + 1, as in the paper; else i and i + D / 2, as in Llama files.
     """
@@ -332,12 +333,12 @@ def scaled_dot_product_attention(
     """softmax(query key^T scale + mask) value (arXiv:1706.03762, eq. 1).
 
     query (..., H, T, D), key (..., K, S, D), value (..., K, S, E) -> (..., H, T, E). H is a multiple of K: H / K
-    consecutive queries share a key and a value (arXiv:2305.13245). The shapes (H, T, D) and (T, D) are allowed too.
+    consecutive query heads share a key and value head (arXiv:2305.13245). (H, T, D) and (T, D) are also allowed.
     attn_mask    broadcasts to (..., H, T, S): booleans, True where a query may attend to a key, or floats that are
                  added to the scores. The output is 0 for a query that may not attend to any key.
-    is_causal    query t attends to the keys 0 ... t.
-    scale        1 / sqrt(D) if None.
-    dropout_key  if given, dropout acts on the attention weights at the rate dropout_p.
+    is_causal    query t attends to keys 0 ... t.
+    scale        by default 1 / sqrt(D).
+    dropout_key  if given, dropout is applied to the attention weights at rate dropout_p.
     Saves (..., H, T, S) arrays; `attention` computes packed causal self-attention in memory linear in T.
     """
     B, H, K = _check_attention(query, key, value)
@@ -359,7 +360,7 @@ def scaled_dot_product_attention(
     if is_causal:
         below = query.backend.np.tri(T, S, dtype=bool)
         visible = below if visible is None else visible & below
-    if visible is not None:  # a finite value, so that a row without visible keys does not produce NaN
+    if visible is not None:  # use a finite value, so that a row without visible keys does not become NaN
         scores = scores.where(visible, float(numpy.finfo(query.dtype).min) / 2)
     p = scores.softmax(-1)
     if visible is not None:
@@ -400,7 +401,7 @@ def _broadcasts_to(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 
 def one_hot(indices: Any, num_classes: int) -> Tensor:
-    """1 at the index and 0 elsewhere along a new last axis of length num_classes: float32, without a gradient.
+    """1 at the index and 0 elsewhere, along a new last axis of length num_classes. float32, without a gradient.
 
     >>> print(one_hot([0, 2], 3).numpy())
     [[1. 0. 0.]
@@ -431,13 +432,13 @@ def _same_shape(op: str, x: Operand, target: Operand) -> tuple[Tensor, Tensor]:
 
 
 def mse_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of (input - target)^2, or the sum, or all elements ("none")."""
+    """(input - target)^2. reduction: "mean", "sum", or "none" for all elements."""
     a, b = _same_shape("mse_loss", input, target)
     return _reduced("mse_loss", (a - b).square(), reduction)
 
 
 def l1_loss(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of |input - target|, or the sum, or all elements ("none")."""
+    """|input - target|. reduction: "mean", "sum", or "none" for all elements."""
     a, b = _same_shape("l1_loss", input, target)
     return _reduced("l1_loss", (a - b).abs(), reduction)
 
@@ -450,14 +451,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...), or (..., V) probabilities.
+    """The mean of -log softmax(logits)[target], in nats. logits (..., V); targets (...), or (..., V) probabilities.
 
-    weight           the weight of each class (V,). The mean is weighted, except if the targets are probabilities.
-    ignore_index     a target that is ignored.
+    weight           the weight of each class (V,). The mean is weighted, unless the targets are probabilities.
+    ignore_index     a target value that is ignored.
     reduction        "mean", "sum", or "none" for the loss of each row (...).
-    label_smoothing  e: every class gets e / V, and the target 1 - e in addition (arXiv:1512.00567, section 7).
-    Without these options and with integer targets it calls ops.cross_entropy, which saves less. Raises ValueError for a
-    target outside [0, V).
+    label_smoothing  e: every class has the probability e / V, plus 1 - e for the target (arXiv:1512.00567, section 7).
+    With integer targets and no options, this calls ops.cross_entropy, which saves less. Raises ValueError for a target
+    outside [0, V).
     """
     logits = _tensor(logits)
     if logits.ndim == 0:
@@ -473,12 +474,12 @@ def cross_entropy(
     expected = logits.shape if shares else logits.shape[:-1]
     if shares and values.shape == logits.shape[:-1]:
         raise TypeError(
-            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a share of each class"
+            f"cross_entropy: targets have dtype {values.dtype}; expected integers, or a probability for each class"
         )
     for name, shape, fit in (("weight", weights.shape, (V,)), ("targets", values.shape, expected)):
         if shape != fit:
             raise ValueError(
-                f"cross_entropy: {name} has shape {shape}; expected {fit}, as the classes are the last axis"
+                f"cross_entropy: {name} has shape {shape}; expected {fit}, since the classes are the last axis"
             )
     terms = -logits.log_softmax() * weights
     if shares:
@@ -489,7 +490,7 @@ def cross_entropy(
     if ids.size and not (ids.min().item() >= 0 and ids.max().item() < V):
         raise ValueError(f"cross_entropy: targets are {ids.min().item()} to {ids.max().item()}; expected [0, {V})")
     rows = terms.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    if label_smoothing:  # (else infinity times 0 would be NaN, where a logit is -inf)
+    if label_smoothing:  # (without it, infinity times 0 would give NaN where a logit is -inf)
         rows = rows * (1 - label_smoothing) + terms.sum(-1) * (label_smoothing / V)
     rows = rows.where(counted, 0.0)
     if reduction == "mean":
@@ -498,7 +499,7 @@ def cross_entropy(
 
 
 def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") -> Tensor:
-    """The mean of -log_probabilities[target], or the sum, or all elements: (..., V) and (...) integers."""
+    """-log_probabilities[target], for (..., V) and integer targets (...). reduction: "mean", "sum" or "none"."""
     x = _tensor(log_probabilities)
     at = _tensor(numpy.asarray(targets) if isinstance(targets, list | tuple | int) else targets)
     if x.ndim == 0 or at.shape != x.shape[:-1]:
@@ -507,7 +508,7 @@ def nll_loss(log_probabilities: Operand, targets: Any, reduction: str = "mean") 
 
 
 def binary_cross_entropy(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """The mean of -(t log p + (1 - t) log(1 - p)) for input p; logarithms are limited to -100, as in PyTorch."""
+    """The mean of -(t log p + (1 - t) log(1 - p)) for input p. Logarithms are at least -100, as in PyTorch."""
     p, t = _same_shape("binary_cross_entropy", _tensor(input) * 1.0, target)
     np = p.backend.np
     with numpy.errstate(divide="ignore"):
@@ -519,15 +520,15 @@ def binary_cross_entropy(input: Operand, target: Operand, reduction: str = "mean
 
 
 def _binary_cross_entropy_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """dp = (1 - t) / (1 - p) - t / p, whose denominators are at least 1e-12, as in PyTorch."""
+    """dp = (1 - t) / (1 - p) - t / p, with denominators of at least 1e-12, as in PyTorch."""
     p, t, yes, no = saved
     np = backend_of(dy).np
     return dy * ((1 - t) / np.maximum(1 - p, 1e-12) - t / np.maximum(p, 1e-12)), dy * (no - yes)
 
 
 def binary_cross_entropy_with_logits(input: Operand, target: Operand, reduction: str = "mean") -> Tensor:
-    """binary_cross_entropy of sigmoid(x), as (1 - t) max(x, 0) + t max(-x, 0) + log(1 + e^-|x|), which neither
-    overflows nor loses precision where the loss is small."""
+    """binary_cross_entropy of sigmoid(x). It is computed as (1 - t) max(x, 0) + t max(-x, 0) + log(1 + e^-|x|), which
+    does not overflow, and does not lose precision where the loss is small."""
     x, t = _same_shape("binary_cross_entropy_with_logits", _tensor(input) * 1.0, target)
     np = x.backend.np
     small = np.log1p(np.exp(-np.abs(x.data)))
@@ -537,7 +538,7 @@ def binary_cross_entropy_with_logits(input: Operand, target: Operand, reduction:
 
 
 def _binary_cross_entropy_with_logits_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """dx = sigmoid(x) - t, as (1 - t) sigmoid(x) - t sigmoid(-x)."""
+    """dx = sigmoid(x) - t, computed as (1 - t) sigmoid(x) - t sigmoid(-x)."""
     x, t = saved
     np = backend_of(dy).np
     e = np.exp(-np.abs(x))
@@ -577,18 +578,18 @@ def ones(*shape: Shape, dtype: DTypeLike = "float32", device: str = "cpu", requi
 
 
 def full_like(x: Operand, value: float, dtype: DTypeLike | None = None) -> Tensor:
-    """A tensor filled with one value, with x's shape, device and dtype (or `dtype`); it needs no gradient."""
+    """A tensor filled with one value, with x's shape, device and dtype (or `dtype`). It does not require a gradient."""
     x = _tensor(x)
     return full(x.shape, value, x.dtype if dtype is None else dtype, x.backend.device)
 
 
 def zeros_like(x: Operand, dtype: DTypeLike | None = None) -> Tensor:
-    """A tensor of zeros with x's shape, device and dtype (or `dtype`); it needs no gradient."""
+    """A tensor of zeros with x's shape, device and dtype (or `dtype`). It does not require a gradient."""
     return full_like(x, 0, dtype)
 
 
 def ones_like(x: Operand, dtype: DTypeLike | None = None) -> Tensor:
-    """A tensor of ones with x's shape, device and dtype (or `dtype`); it needs no gradient."""
+    """A tensor of ones with x's shape, device and dtype (or `dtype`). It does not require a gradient."""
     return full_like(x, 1, dtype)
 
 
@@ -601,9 +602,9 @@ def eye(n: int, m: int | None = None, dtype: DTypeLike = "float32", device: str 
 def arange(
     start: float, stop: float | None = None, step: float = 1, dtype: DTypeLike | None = None, device: str = "cpu"
 ) -> Tensor:
-    """start, start + step, ... up to but not including `stop`; from 0 if only one number is given.
+    """start, start + step, ... up to but not including `stop`. With one argument, the values start at 0.
 
-    Integers (int64) if all numbers are integers, else float32.
+    The dtype is int64 if all arguments are integers, else float32.
     """
     if step == 0:
         raise ValueError("arange: step is 0; expected a nonzero number")
@@ -634,7 +635,7 @@ def _check_numbers(op: str, *values: Any) -> None:
 def rand(
     *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
-    """Uniform values in [0, 1), a function of the key: the same on every device."""
+    """Uniform values in [0, 1). They depend only on the key, and are the same on every device."""
     lengths, dtype = _shape("rand", shape), arguments.dtype_of("rand", dtype)
     values = random.uniform(key, math.prod(lengths)).reshape(lengths)
     if dtype.itemsize < 8:  # rounding must not give 1
@@ -645,7 +646,7 @@ def rand(
 def randn(
     *shape: Shape, key: random.Key, dtype: DTypeLike = "float32", device: str = "cpu", requires_grad: bool = False
 ) -> Tensor:
-    """Normal(0, 1) values, a function of the key: the same on every device."""
+    """Normal(0, 1) values. They depend only on the key, and are the same on every device."""
     values = random.normal(key, _shape("randn", shape)).astype(arguments.dtype_of("randn", dtype))
     return Tensor(get_backend(device).asarray(values), requires_grad)
 
@@ -654,7 +655,7 @@ def randn(
 
 
 def _function(method: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Operand, P], R]:
-    """Convert a method to a function whose first argument may also be an array, a number or nested lists."""
+    """Convert a method to a function whose first argument can also be an array, a number or nested lists."""
 
     @functools.wraps(method)
     def call(x: Operand, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -664,7 +665,7 @@ def _function(method: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
 
 
 def _function_of_two(method: Callable[[Tensor, Any], Tensor]) -> Callable[[Operand, Operand], Tensor]:
-    """Convert a method with two operands to a function. Either may be an array or a number, with the other's dtype."""
+    """Convert a method with two operands to a function. Either operand can also be an array or a number."""
 
     @functools.wraps(method)
     def call(a: Operand, b: Operand) -> Tensor:
@@ -676,7 +677,7 @@ def _function_of_two(method: Callable[[Tensor, Any], Tensor]) -> Callable[[Opera
 
 
 def where(condition: Any, a: Operand, b: Operand) -> Tensor:
-    """a where `condition` is true, else b, with broadcasting."""
+    """a where `condition` is true, and b elsewhere, with broadcasting."""
     if not isinstance(a, Tensor):
         a = b._operands("where", a)[1] if isinstance(b, Tensor) else Tensor(a)
     return a.where(condition, b)
@@ -797,11 +798,11 @@ hypot = _function_of_two(Tensor.hypot)
 dot = _function_of_two(Tensor.dot)
 inner = _function_of_two(Tensor.inner)
 outer = _function_of_two(Tensor.outer)
-add = _function_of_two(Tensor.__add__)
-subtract = _function_of_two(Tensor.__sub__)
-multiply = _function_of_two(Tensor.__mul__)
-divide = _function_of_two(Tensor.__truediv__)
-negative = _function(Tensor.__neg__)
+add = _function_of_two(Tensor.add)
+subtract = _function_of_two(Tensor.sub)
+multiply = _function_of_two(Tensor.mul)
+divide = _function_of_two(Tensor.div)
+negative = _function(Tensor.neg)
 absolute = abs
 clamp = clip
 amax = max

@@ -1,12 +1,12 @@
-"""Peak rates of GPUs, from NVIDIA's data sheets, by the name that the driver reports."""
+"""Peak rates of GPUs from NVIDIA's data sheets, by the name that the driver reports."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Peak TFLOP/s of dense products (half of the figures with sparsity), summed in float32. GPUs before Ampere have no TF32
-# and no bfloat16.
+# Peak TFLOP/s of dense matrix products (half of the figures with sparsity), with float32 accumulation. GPUs before
+# Ampere support neither TF32 nor bfloat16.
 PEAK_TFLOPS = {
     "B200": {"float32": 75.0, "tf32": 1125.0, "bfloat16": 2250.0},
     "H200 NVL": {"float32": 60.0, "tf32": 417.5, "bfloat16": 835.5},
@@ -28,7 +28,7 @@ PEAK_TFLOPS = {
     "RTX 4090": {"float32": 82.6, "tf32": 82.6, "bfloat16": 165.2},
     "RTX 3090": {"float32": 35.6, "tf32": 35.6, "bfloat16": 71.0},
 }
-# GB/s of the memory; where a GPU comes with several kinds, the first that matches.
+# Memory bandwidth in GB/s. If there are several variants of a GPU, the first entry that matches is used.
 BANDWIDTH = {
     "B200": 8000.0,
     "H200 NVL": 4800.0,
@@ -52,24 +52,24 @@ BANDWIDTH = {
     "RTX 4090": 1008.0,
     "RTX 3090": 936.0,
 }
-# In the name of a GPU that differs in speed from the one with the rest of the name.
+# Words that mark a variant of a GPU with a different speed.
 VARIANT = r"\b(MIG|NVL|Laptop|Max|D|Ti|SUPER)\b"
 
 
 def find_gpu(name: str, table: Iterable[str]) -> str | None:
-    """The entry of `table` (each a regular expression) that a GPU of this name matches, or None."""
+    """The first entry of `table` (regular expressions) that matches a GPU of this name, or None."""
     spaced = name.replace("-", " ")
     variant = set(re.findall(VARIANT, spaced))
     return next((gpu for gpu in table if re.search(rf"\b{gpu}\b", spaced) and variant <= set(gpu.split())), None)
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """The peak of a GPU of this name in a precision (see precision.py), or None if unknown."""
+    """The peak TFLOP/s of a GPU of this name in a precision (see precision.py), or None if unknown."""
     gpu = find_gpu(name, PEAK_TFLOPS)
     return None if gpu is None else PEAK_TFLOPS[gpu].get(precision)
 
 
 def bandwidth(name: str) -> float | None:
-    """The bandwidth in GB/s of the memory of a GPU of this name, or None if unknown."""
+    """The memory bandwidth in GB/s of a GPU of this name, or None if unknown."""
     gpu = find_gpu(name, BANDWIDTH)
     return None if gpu is None else BANDWIDTH[gpu]

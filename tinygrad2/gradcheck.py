@@ -1,8 +1,8 @@
 """Check backward passes against finite differences, in float64.
 
-`check(fn, inputs)` tests any function. `python -m tinygrad2.gradcheck` tests every operation of the engine
-and a small transformer, prints a table, and exits with status 1 if an error is above its bound. To check another
-operation, add a row to CASES.
+`check(fn, inputs)` checks any function. `python -m tinygrad2.gradcheck` checks every operation of the engine and a
+small transformer, prints a table, and exits with status 1 if an error exceeds its bound. To check another operation,
+add a row to CASES.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tinygrad2.gradient_checkpointing import recompute
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
 
-STEP = 5e-4  # step of the differences: truncation error ~ STEP^4 and rounding error ~ 1e-16 / STEP are about 1e-13
-FLOOR = 1e-4  # errors are relative to the slope, or to this fraction of the outputs if that is larger: see check()
+STEP = 5e-4  # step size; the truncation error ~ STEP^4 and the rounding error ~ 1e-16 / STEP are both about 1e-13
+FLOOR = 1e-4  # errors are relative to the slope, or to this fraction of the outputs if it is larger; see check()
 
 
 def check(
@@ -41,30 +41,32 @@ def check(
     names: Sequence[str] | None = None,
     device: str = "cpu",
 ) -> list[float]:
-    """The relative error of the gradient of each input of `fn`; about 1e-10 for a correct gradient.
+    """Return the relative error of the gradient of each input of `fn`; about 1e-10 for a correct gradient.
 
     >>> (error,) = check(lambda x: x.tanh(), [[-1.0, 0.5, 2.0]])
     >>> error < 1e-9
     True
 
-    fn          takes one Tensor per input and returns a Tensor of any shape or a tuple of them. It must be smooth
-                within 2e-3 of the inputs and give the same result each time (dropout: with a fixed key).
-    inputs      a list or tuple of arrays, Tensors or nested lists, with values of order 1; copied to float64.
-    tolerance   with raises=True, the maximum error.
-    directions  the number of random directions for each input.
+    fn          takes one Tensor per input and returns a Tensor of any shape, or a tuple of Tensors. It must be smooth
+                within 2e-3 of the inputs and deterministic (dropout needs a fixed key).
+    inputs      a list or tuple of arrays, Tensors or nested lists, with values of order 1; they are copied to float64.
+    tolerance   the maximum error if raises=True.
+    raises      raise AssertionError if an error exceeds the tolerance.
+    directions  the number of random directions per input.
+    seed        random seed of the cotangent and the directions.
     names       the names of the inputs, for error messages.
-    device      where fn computes; the comparison is done on the host.
+    device      the device on which fn computes; the comparison is done on the host.
 
     With a random cotangent w, L = <w, fn(x)>. For each input and each random direction v, <v, dL/dx> from backward is
     compared with the slope of L along v: [8 (L(x+hv) - L(x-hv)) - (L(x+2hv) - L(x-2hv))] / 12h. Its truncation error is
     of order h^4; the two-point difference, of order h^2, does not reliably reach 1e-9. No component of v or w is
-    near zero, so every coordinate counts. An input's error is |backward - slope| / |slope|, with norms over its
-    directions. The denominator is at least FLOOR max(1, |w y|), so that a gradient of zero does not fail, while one
-    that is wrong by 0.1% is detected unless it is below 1e-8 of the outputs. A missing gradient counts as zero; NaN or
+    near zero, so every coordinate matters. The error of an input is |backward - slope| / |slope|, with norms over the
+    directions. The denominator is at least FLOOR max(1, |w y|). So a gradient of zero does not fail, while a gradient
+    that is wrong by 0.1% is detected unless it is below 1e-8 of the outputs. A missing gradient counts as zero. NaN or
     infinity anywhere makes the error infinite.
 
-    Raises AssertionError with raises=True if an error exceeds the tolerance; TypeError for inputs that are not a list
-    or tuple, and for an `fn` that does not return Tensors.
+    Raises AssertionError as described above, and TypeError if inputs is not a list or tuple or `fn` does not return
+    Tensors.
     """
     if not isinstance(inputs, list | tuple):
         raise TypeError(f"gradcheck: inputs has type {type(inputs).__name__}; expected a list with one array per input")
@@ -96,7 +98,7 @@ class _Check:
         self.floor = FLOOR * max(1.0, math.hypot(*(float(numpy.linalg.norm(wy)) for wy in weighted)))
 
     def errors(self, directions: int, tolerance: float | None, names: Sequence[str] | None) -> list[float]:
-        """The error of each input; raises AssertionError for one above the tolerance."""
+        """The error of each input. Raises AssertionError if one exceeds the tolerance."""
         errors = []
         for i, array in enumerate(self.arrays):
             analytic, numeric = self.slopes(i, directions)
@@ -126,8 +128,8 @@ class _Check:
         return analytic, numpy.array(numeric)
 
     def loss_change(self, i: int, change: numpy.ndarray) -> float:
-        """L(x_i + change) - L(x_i - change), subtracted before summing, which reduces the rounding error."""
-        with no_grad(), numpy.errstate(invalid="ignore"):  # a value that is not finite makes the error infinite
+        """L(x_i + change) - L(x_i - change). Results are subtracted before summing, to reduce the rounding error."""
+        with no_grad(), numpy.errstate(invalid="ignore"):  # a non-finite value makes the error infinite
             up, down = self.results(i, change), self.results(i, -change)
             return sum(
                 numpy.sum(w * (a.numpy() - b.numpy())) for w, a, b in zip(self.cotangents, up, down, strict=True)
@@ -148,7 +150,7 @@ def _results(y: Any) -> tuple[Tensor, ...]:
 
 
 def _away_from_zero(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Random signs times uniform(0.5, 1.5)."""
+    """Values from uniform(0.5, 1.5) with random signs."""
     return random.choice((-1.0, 1.0), shape) * random.uniform(0.5, 1.5, shape)
 
 
@@ -170,7 +172,7 @@ def positive(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.nd
 
 
 def distinct(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values at least 0.1 apart, in random order, for functions that depend on which element is the largest."""
+    """Values at least 0.1 apart, in random order, for functions that depend on the order of the elements."""
     return 0.1 * random.permutation(math.prod(shape)).reshape(shape)
 
 
@@ -180,24 +182,24 @@ def nonzero(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.nda
 
 
 def fraction(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values in (-0.8, 0.8), for functions that are defined in (-1, 1)."""
+    """Values in (-0.8, 0.8), for functions that are defined on (-1, 1)."""
     return random.uniform(-0.8, 0.8, shape)
 
 
 def spread(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Values at least 0.31 apart, not near integers, half of them negative, for functions with corners at integers."""
+    """Values at least 0.31 apart, not near integers, half of them negative, for functions with kinks at integers."""
     return distinct(random, shape) * 3.7 - 0.05 - 0.37 * (math.prod(shape) // 2)
 
 
 def initial(random: numpy.random.Generator, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Normal values for parameters: matrices divided by sqrt(rows), vectors (gains, biases) about 1."""
+    """Normal values for parameters: matrices divided by sqrt(rows), vectors (gains and biases) around 1."""
     values = random.standard_normal(shape)
     return values / math.sqrt(shape[0]) if len(shape) > 1 else 1 + 0.3 * values
 
 
 @dataclass(frozen=True)
 class GradientCase:
-    """One row of the table: `fn` is checked at random inputs of these shapes; its error must be at most `bound`."""
+    """One row of the table. `fn` is checked at random inputs of these shapes; its error must be at most `bound`."""
 
     name: str
     fn: Callable[..., Any]
@@ -226,7 +228,7 @@ TARGETS = numpy.array([[1, 3, 0, 10, 10], [3, 2, 9, 1, 0]])
 
 
 def block(x: Tensor, *parameters: Tensor, site: int = 0) -> Tensor:
-    """A pre-LayerNorm transformer block with dropout on the attention weights and on the MLP's output."""
+    """A pre-LayerNorm transformer block with dropout on the attention weights and the MLP output."""
     w_qkv, b_qkv, w_mix, b_mix, w_in, b_in, w_out, b_out, gain_1, bias_1, gain_2, bias_2 = parameters
     qkv = ops.linear(ops.layernorm(x, gain_1, bias_1), w_qkv, b_qkv)
     mixed = ops.linear(ops.attention(qkv, BLOCK_HEADS, 0.2, KEY.at(site)), w_mix, b_mix)
@@ -495,7 +497,7 @@ CASES += COMPOSITIONS
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an invalid option in one line."""
+    """Reports an invalid option in a single line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (python -m {self.prog} --help lists the options)\n")
@@ -517,8 +519,8 @@ def command_line() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check every row of CASES and print the table. Returns 0 if all errors are within their bounds, 1 if not, 2 if the
-    device is not available."""
+    """Check every row of CASES and print the table. Returns 0 if all errors are within their bounds, 1 if not, and 2 if
+    the device is not available."""
     parser = command_line()
     options = parser.parse_args(arguments)
     try:
@@ -546,7 +548,7 @@ def _shapes(case: GradientCase) -> str:
 
 
 def run() -> int:
-    """Run the command and return its exit status; Ctrl-C prints one line instead of a traceback."""
+    """Run the command and return its exit status. Ctrl-C prints a single line instead of a traceback."""
     try:
         return main()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""recompute(): save only the inputs of a part of the model, and run it again in the backward pass."""
+"""recompute(): save only the inputs of a part of a model, and run that part again in the backward pass."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tinygrad2.tensor import Tensor, form_of, record
 def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """function(*inputs), saving only the inputs for the backward pass, which runs the function again.
 
-    Trades time for memory: one more forward pass instead of all that the function would have saved. The function must
-    return one or several Tensors, and compute the same values each time (as dropout does, since its masks are functions
-    of a key). Results and gradients are bit-identical to those of function(*inputs). Parameters that the function uses
-    also get gradients; a parameter that is also used elsewhere calls Leaf.on_final once for each use.
+    This trades time for memory: the backward pass takes one more forward pass, but intermediate results are not saved.
+    The function must return a Tensor or a tuple of Tensors, and must be deterministic (like dropout, whose masks depend
+    on a key). Results and gradients are bitwise identical to those of function(*inputs). Parameters that the function
+    uses also get gradients. For a parameter that is also used elsewhere, Leaf.on_final is called once for each use.
     Source: Chen et al., arXiv:1604.06174 (gradient checkpointing).
     """
     if not autograd.is_recording():
@@ -35,7 +35,7 @@ def _recompute_backward(saved: Saved, dy: Any, into: GradientBuffers) -> Gradien
     gradients: list[Array | None] = [None] * len(arrays)
 
     def end_of_graph(i: int) -> autograd.Edge:
-        """A node without parents in place of input i; its backward function stores the gradient that arrives."""
+        """A node without parents that replaces input i. Its backward function stores the gradient that arrives."""
 
         def keep(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
             gradients[i] = dy

@@ -1,4 +1,4 @@
-"""The gradients of all ranks, summed bucket by bucket while the backward pass still runs."""
+"""Sums the gradients of all ranks, bucket by bucket, while the backward pass is still running."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tinygrad2.params import HasParameters
 
 
 class GradientSum:
-    """Sums the gradients over the ranks. Each bucket starts as soon as the backward pass has finished it.
+    """Sums the gradients over the ranks. The transfer of a bucket starts as soon as its gradients are final.
 
-    Between `start()` and `finish()` runs one backward pass, the last one of a step; earlier ones have accumulated in
-    the same buffers. A bucket is transferred while the pass computes the next ones. Buckets start in the same order on
-    every rank; a bucket that the pass has not finished (because a parameter is not used) starts in `finish`.
+    Call `start()` before the last backward pass of a step, and `finish()` after it; earlier passes accumulate in the
+    same buffers. A bucket is transferred while the pass computes the following ones. Transfers start in the same order
+    on every rank. Buckets that are not complete when the pass ends (since a parameter is unused) start in `finish`.
 
     share_only  for a sharded optimizer: each rank needs only the sum of its own share of every bucket.
 
     The backward pass raises RuntimeError if a parameter gets a gradient after it was reported as final. This happens if
-    it is used both inside and outside of a recomputed function. Do not call `start` for such a model.
+    the parameter is used both inside and outside a recomputed function. Do not call `start` for such a model.
     """
 
     def __init__(self, model: HasParameters, comm: Comm, share_only: bool = False):
         self.model, self.comm, self.share_only = model, comm, share_only
-        self._missing: list[set[str]] = []  # for each bucket, the parameters that are not final yet
-        self._started = 0  # number of buckets
-        self._transfers: list[HostTransfer] = []  # for buckets that are transferred through host memory
+        self._missing: list[set[str]] = []  # per bucket, the parameters whose gradients are not final yet
+        self._started = 0  # number of buckets whose transfer has started
+        self._transfers: list[HostTransfer] = []  # the transfers through host memory
         self._nccl = comm.nccl(model.arena().backend)
 
     def start(self) -> None:
@@ -46,7 +46,7 @@ class GradientSum:
         if any(name in bucket.names for bucket in self.model.arena().buckets[: self._started]):
             raise RuntimeError(
                 f"GradientSum: {name} got a gradient after its sum had started, since it is used both inside and "
-                f"outside of a recomputed function; do not call start() for this model"
+                f"outside a recomputed function; do not call start() for this model"
             )
         for missing in self._missing:
             missing.discard(name)
@@ -67,7 +67,7 @@ class GradientSum:
     def finish(self, *numbers: Array | float) -> list[Any]:
         """Wait until the gradients are summed. Returns the sums over the ranks of these numbers, such as the loss.
 
-        With NCCL the host does not wait, and the sum of 0-d GPU arrays is a 0-d GPU array.
+        With NCCL, the host does not wait, and the sum of 0-d GPU arrays is a 0-d GPU array.
         """
         if self.comm.size == 1:
             return list(numbers)

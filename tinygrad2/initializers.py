@@ -1,4 +1,4 @@
-"""Initial values of parameters, and the random streams for layers without a key."""
+"""Initial values of parameters, and the random streams of layers without a key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _NormalInit:
 
 
 class _Construction(threading.local):
-    """The module that is being constructed in this thread: the sites of its layers, in order."""
+    """The sites of the layers of the module that is being constructed in this thread, or None."""
 
     sites: Iterator[int] | None = None
 
@@ -35,8 +35,8 @@ _construction = _Construction()
 
 
 def normal_init(std: float, key: random.Key | None = None) -> Initializer:
-    """Initial values from normal(0, std). Without a key they are drawn with seed 0, at a site that is unique in the
-    model, so they depend only on the structure of the model, not on what was constructed before."""
+    """Initial values from normal(0, std). Without a key, they are drawn with seed 0 at a site that is unique in the
+    model, so they depend only on the structure of the model, not on earlier constructions."""
     if key is not None:
         return _NormalInit(std, key, False)
     site = random.LAYER_SITES if _construction.sites is None else next(_construction.sites)
@@ -49,10 +49,11 @@ def zeros_init(shape: tuple[int, ...]) -> numpy.ndarray:
 
 
 class ModuleType(type):
-    """Numbers the layers of a module in the order of their construction, then those that were passed to it."""
+    """The metaclass of modules. It numbers the layers of a module in order of construction, and then the layers that
+    were passed to the module."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if _construction.sites is not None:  # this is a part of a module
+        if _construction.sites is not None:  # this module is part of another one
             return super().__call__(*args, **kwargs)
         _construction.sites = sites = itertools.count(random.LAYER_SITES)
         try:
@@ -64,9 +65,9 @@ class ModuleType(type):
 
 
 def _separate_sites(module: Any, sites: Iterator[int]) -> None:
-    """Redraw the initial values of layers that share a site with an earlier layer (because they were constructed
-    separately), at a free site. Values that have been changed in the meantime are kept."""
-    modules: dict[int, Any] = {id(m): m for m in module.modules()}  # each module once
+    """Redraw, at an unused site, the initial values of layers that share a site with an earlier layer because they were
+    constructed separately. Values that were changed after construction are kept."""
+    modules: dict[int, Any] = {id(m): m for m in module.modules()}  # without duplicates
     layers = [m for m in modules.values() if getattr(vars(m).get("init"), "movable", False)]
     occupied = {layer.init.key.site for layer in layers}
     seen: set[int] = set()

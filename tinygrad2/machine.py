@@ -1,6 +1,6 @@
 """The machine: cores and memory, limits from control groups (containers, batch systems), the GPU driver.
 
-This file needs only the standard library, and its syntax is valid in old versions of Python: gpt2/doctor.py uses it
+This file needs only the standard library, and its syntax is valid in old Python versions, since gpt2/doctor.py uses it
 when everything else is missing.
 """
 
@@ -25,21 +25,21 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cores(process: int = 0) -> set[int]:
-    """The numbers of the cores that a process may use; 0 means this process."""
+    """The indices of the cores that a process may use; 0 means this process."""
     return os.sched_getaffinity(process) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def usable_threads() -> int:
     """The number of threads to use: one per core, or fewer if control groups limit the CPU time.
 
-    A quota of 1.5 cores is rounded up to 2: two threads use all of it, with each throttled for a quarter of every
-    period, while one thread would leave a third unused.
+    A quota of 1.5 cores is rounded up to 2. Two threads use all of it, each throttled for a quarter of every period;
+    one thread would leave a third of it unused.
     """
     return max(1, math.ceil(min(len(cores()), cpu_quota() or math.inf)))
 
 
 def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """The CPU time that the control groups allow, in cores, or None if there is no limit."""
+    """The CPU limit of the control groups, in cores, or None if there is no limit."""
     allowed = []
     for file in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us", root, own):
         try:
@@ -53,7 +53,7 @@ def cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
 
 
 def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
-    """The memory that the control groups allow, in bytes, or None if there is no limit."""
+    """The memory limit of the control groups, in bytes, or None if there is no limit."""
     allowed = []
     for file in _cgroup_files("memory", "memory.max", "memory.limit_in_bytes", root, own):
         try:
@@ -84,7 +84,7 @@ def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Pat
 
 
 def memory() -> tuple[float, float] | None:
-    """(free, total) bytes of main memory, at most the control groups' limit, or None if unknown."""
+    """(free, total) bytes of main memory, capped at the limit of the control groups, or None if unknown."""
     file = Path("/proc/meminfo")
     if file.is_file():
         found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(encoding="utf-8"), re.MULTILINE))
@@ -98,7 +98,7 @@ def memory() -> tuple[float, float] | None:
 
 
 def _cpu_info(*names: str) -> list[str]:
-    """What /proc/cpuinfo says under these names about the first processor; nothing where there is no such file."""
+    """The fields with these names for the first processor in /proc/cpuinfo; empty if there is no such file."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     found = (re.search(rf"^{name}\s*: *(.+)$", text, re.MULTILINE) for name in names)
@@ -106,7 +106,7 @@ def _cpu_info(*names: str) -> list[str]:
 
 
 def load_average() -> float:
-    """The mean number of running or waiting threads on this machine over the last minute; 0 if it is unknown."""
+    """The mean number of running or waiting threads on this machine over the last minute; 0 if unknown."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):  # Windows, or not readable
@@ -114,23 +114,23 @@ def load_average() -> float:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     return next(iter(_cpu_info("model name")), "") or platform.processor() or platform.machine()
 
 
 def processor_model() -> str:
-    """The processor's name, family, model and instruction sets: on equal ones, the same code is equally fast."""
+    """An identifier of processors with equal performance: their name, family, model and instruction sets."""
     numbers = _cpu_info("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
     return " ".join([processor(), *numbers, f"{zlib.crc32(' '.join(sorted(cpu_features())).encode()):08x}"])
 
 
 def cpu_features() -> set[str]:
-    """The instruction sets of the processor as Linux names them, such as avx512_bf16; empty if unknown."""
+    """The instruction sets of the processor, with Linux's names, such as avx512_bf16; empty if unknown."""
     return {word for line in _cpu_info("(?:flags|Features)") for word in line.split()}
 
 
 def describe() -> dict[str, str]:
-    """A description of the machine, for the report of a run."""
+    """A description of the machine, for a run's report."""
     available = memory()
     return {
         "processor": processor(),
@@ -143,9 +143,10 @@ def describe() -> dict[str, str]:
 
 
 def nvidia_driver() -> dict[str, int]:
-    """The NVIDIA driver: the CUDA version that it supports (13000 is 13.0), its status (0 if it works), and its GPUs.
+    """The CUDA version that the NVIDIA driver supports (13000 is 13.0), its status (0 if it works), and the number of
+    GPUs.
 
-    Raises OSError if there is none. It may crash or hang, so call it in a separate process.
+    Raises OSError if there is no driver. The driver may crash or hang, so call this in a separate process.
     """
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     version, gpus = ctypes.c_int(), ctypes.c_int()
@@ -156,7 +157,7 @@ def nvidia_driver() -> dict[str, int]:
 
 
 def mpirun_command(launcher: str, ranks: int) -> list[str]:
-    """The start of the command line to run this number of ranks on this machine."""
+    """The beginning of a command line that runs this number of ranks on this machine."""
     version, _ = call([launcher, "--version"], 20)
     flags = []
     if "Open MPI" in version or "OpenRTE" in version:
@@ -166,9 +167,9 @@ def mpirun_command(launcher: str, ranks: int) -> list[str]:
 
 
 def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[str, str]:
-    """Run another program. Returns (its output, "") if it succeeds, else ("", the reason in one line).
+    """Run another program. Returns (its output, "") if it succeeds, or ("", the reason in one line) if it fails.
 
-    After `seconds` it is killed together with its child processes.
+    After `seconds`, the program is killed together with its child processes.
     """
     try:
         process = subprocess.Popen(
@@ -200,7 +201,7 @@ def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[st
 
 
 def requirements(root: Path) -> list[tuple[str, ...]]:
-    """(name, oldest supported version, first unsupported version) of every package that the project in `root` needs."""
+    """(name, lowest supported version, first unsupported version) of every package that the project in `root` needs."""
     import tomllib
 
     file = root / "pyproject.toml"
@@ -213,18 +214,18 @@ def requirements(root: Path) -> list[tuple[str, ...]]:
 
 
 def install_command(extra: str) -> str:
-    """The command to install an extra: of the repository, or of the installed package if there is no repository."""
+    """The command to install an extra of the repository, or of the installed package if there is no repository."""
     repository = (Path(__file__).parents[1] / "pyproject.toml").is_file()
     return f'pip install -e ".[{extra}]"' if repository else f'pip install "tinygrad2[{extra}]"'
 
 
 def user() -> str:
-    """The user id, for the name of a per-user folder; "" on systems without user ids (Windows)."""
+    """The user ID, for the name of a per-user folder; "" on systems without user IDs (Windows)."""
     return str(os.getuid()) if hasattr(os, "getuid") else ""
 
 
 def home() -> Path:
-    """The user's home directory, or the folder for temporary files if the user is unknown, as in some containers."""
+    """The user's home directory, or the temporary directory if the user is unknown, as in some containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -232,7 +233,7 @@ def home() -> Path:
 
 
 def cache_folders() -> dict[str, Path]:
-    """The folders that libraries write to, by the environment variable that overrides each."""
+    """The folders that libraries write to, by the environment variables that override them."""
     temporary = Path(tempfile.gettempdir())
     tiktoken = os.environ.get("DATA_GYM_CACHE_DIR") or temporary / "data-gym-cache"
     libraries = (("TIKTOKEN_CACHE_DIR", tiktoken), ("CUPY_CACHE_DIR", home() / ".cupy" / "kernel_cache"))

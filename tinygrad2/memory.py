@@ -1,8 +1,8 @@
 """A memory pool for NumPy arrays: each step reuses the previous step's memory.
 
 The operating system maps and zeroes the pages of a large array on the first write, and unmaps them when the array is
-freed, which takes much of the time of a training step. Here a large array uses a block from a pool, and the block
-returns to the pool when the last view of the array is freed, by NumPy's reference counts. (CuPy has its own pool.)
+freed. This would take a large part of a training step. Large arrays therefore use blocks from a pool. A block returns
+to the pool when the last view of its array is freed, by NumPy's reference counting. (CuPy has its own pool.)
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
-SMALL = 1 << 16  # bytes; below this size NumPy's allocator is as fast
-GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple of it, so that arrays of similar size can share blocks
-FITS = 1.01  # a free block that is larger by at most this factor is used too
-LINE = 64  # bytes of a cache line: the alignment of arrays
+SMALL = 1 << 16  # bytes; for smaller arrays, NumPy's allocator is as fast
+GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple of this, so that arrays of similar size can share blocks
+FITS = 1.01  # a free block is also used if it is larger than needed by at most this factor
+LINE = 64  # bytes per cache line; arrays are aligned to it
 SLACK = 2.0  # the pool keeps at most this multiple of the maximum memory in use
 
 
 class MemoryPool:
     """Blocks of memory, in use or free.
 
-    held       the bytes in all blocks.
-    used       the bytes in blocks that are in use;  most_used  its maximum since the last trim().
+    held       the number of bytes in all blocks.
+    used       the number of bytes in blocks that are in use.
+    most_used  the maximum of `used` since the last trim().
     """
 
     def __init__(self) -> None:
@@ -61,13 +62,13 @@ class MemoryPool:
     def trim(self) -> None:
         """Return all free blocks to the operating system."""
         with self._lock:
-            free, self._free = self._free, {}  # an array may be freed in the meantime
+            free, self._free = self._free, {}  # swapped first, since an array may be freed in the meantime
             self.held -= sum(size * len(blocks) for size, blocks in free.items())
             self.most_used = self.used
 
 
 class _BlockOwner:
-    """The base of an array that uses a block: when the last view of the array is freed, it returns the block."""
+    """The base object of an array that uses a block. When the last view of the array is freed, it returns the block."""
 
     __slots__ = ("_block", "_pool", "__array_interface__")
 
@@ -89,19 +90,19 @@ memory_pool = MemoryPool()
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An uninitialized array, like numpy.empty; a large one uses a block from the pool."""
+    """An uninitialized array, like numpy.empty. Large arrays use a block from the pool."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
         return np.empty(shape, dtype=dtype)
     block = memory_pool.take(nbytes)
-    if dtype.kind == "V":  # bfloat16, which the interface of arrays does not name
+    if dtype.kind == "V":  # bfloat16, which the array interface protocol does not support
         return np.asarray(_BlockOwner(memory_pool, block, shape, np.dtype(f"u{dtype.itemsize}"))).view(dtype)
     return np.asarray(_BlockOwner(memory_pool, block, shape, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array of zeros, like numpy.zeros; a large one uses a block from the pool."""
+    """An array of zeros, like numpy.zeros. Large arrays use a block from the pool."""
     array = empty(shape, dtype)
     array.fill(0)
     return array

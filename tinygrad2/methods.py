@@ -1,4 +1,4 @@
-"""Tensor methods that are compositions of others, a few lines each. functional.py has them as functions too.
+"""Tensor methods that are composed of a few others. They are also available as functions in functional.py.
 
     elementwise   abs sign sqrt rsqrt square reciprocal exp2 expm1 log1p log2 log10 erf floor ceil round trunc
                   sin cos tan sinh cosh arcsin arccos arctan arcsinh arccosh arctanh degrees radians
@@ -13,9 +13,10 @@
     elements      gather take diagonal diag trace tril triu
     products      dot inner outer tensordot
 
-Names and arguments are as in NumPy, or as in PyTorch if NumPy has no such function. Where a function has no derivative,
-the gradient is as in PyTorch: relu'(0) = abs'(0) = 0, equal operands of maximum get half each, and the bounds of clip
-count as inside. Integers and booleans are converted to float32 by functions with fractional results.
+Names and arguments are as in NumPy, or as in PyTorch if NumPy has no such function. Where a function is not
+differentiable, the gradient is as in PyTorch: relu'(0) = abs'(0) = 0, equal operands of maximum get half of the
+gradient each, and the bounds of clip count as inside. Functions with fractional results convert integers and booleans
+to float32.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from tinygrad2.autograd import BackwardFunction, GradientBuffers, Gradients, Sav
 from tinygrad2.backend import Backend, backend_of
 from tinygrad2.protocols import takes_pytorch_names
 
-T = TypeVar("T", bound="Methods[Any]")  # Tensor, which this file cannot import, since it is a base class of Tensor
+T = TypeVar("T", bound="Methods[Any]")  # Tensor, which cannot be imported here, since Methods is its base class
 Axis = int | tuple[int, ...] | None
 Function = Callable[[Any, Any], Any]  # called with the array library and an array
 
 
 @takes_pytorch_names
 class Methods(Generic[T]):
-    """A base class of Tensor. The methods return Tensors, for which the type variable stands."""
+    """A base class of Tensor. The type variable T stands for Tensor."""
 
     __slots__ = ()
 
@@ -83,9 +84,9 @@ class Methods(Generic[T]):
     # Elementwise ------------------------------------------------------------------------------------------------------
 
     def _map(self, name: str, forward: Function, slope: Function | None = None, of_result: bool = False) -> T:
-        """y = forward(np, x), and dx = dy slope(np, x), or dy slope(np, y) with of_result; without a slope, dx = 0.
+        """y = forward(np, x), with dx = dy slope(np, x), or dx = dy slope(np, y) if of_result. Without a slope, dx = 0.
 
-        np  the array library. Saves x, or the result.
+        np is the array library. Saves x, or y if of_result.
         """
         y = forward(self.backend.np, self.data)
         return self._record(y, (self,), Slope(name, slope), saved=(y if of_result else self.data,))
@@ -124,7 +125,7 @@ class Methods(Generic[T]):
         return self._map("round", lambda np, x: np.rint(x))
 
     def trunc(self) -> T:
-        """The integer part, rounding towards 0; the gradient is 0."""
+        """The integer part (rounded towards 0); the gradient is 0."""
         return self._map("trunc", lambda np, x: np.trunc(x))
 
     def sqrt(self) -> T:
@@ -234,7 +235,7 @@ class Methods(Generic[T]):
         return self._constant(self.backend.np.isfinite(self.data))
 
     def nan_to_num(self, nan: float = 0.0) -> T:
-        """x with NaN replaced by `nan`, and infinities by the largest finite values. The gradient there is 0."""
+        """Replace NaN by `nan`, and infinities by the largest finite values. The gradient of replaced elements is 0."""
         return self._map("nan_to_num", lambda np, x: np.nan_to_num(x, nan=nan), lambda np, x: np.isfinite(x))
 
     # Activations ------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class Methods(Generic[T]):
         return self.elu(1.6732632423543772848170429916717) * 1.0507009873554804934193349852946
 
     def sigmoid(self) -> T:
-        """1 / (1 + e^-x), which neither overflows nor loses precision for x of either sign."""
+        """1 / (1 + e^-x), computed without overflow or loss of precision."""
 
         def forward(np: Any, x: Array) -> Array:
             e = np.exp(-np.abs(x))
@@ -295,7 +296,7 @@ class Methods(Generic[T]):
         return self * (self * 1.702).sigmoid()
 
     def softplus(self) -> T:
-        """log(1 + e^x), as max(x, 0) + log1p(e^-|x|), which does not overflow."""
+        """log(1 + e^x), computed without overflow as max(x, 0) + log1p(e^-|x|)."""
         return self._float()._map(
             "softplus",
             lambda np, x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
@@ -311,7 +312,7 @@ class Methods(Generic[T]):
         return self / (self.abs() + 1.0)
 
     def hardtanh(self, min_val: float = -1.0, max_val: float = 1.0) -> T:
-        """x limited to [min_val, max_val]; the gradient at both bounds is 0."""
+        """x clamped to [min_val, max_val]; the gradient at both bounds is 0."""
         min_val, max_val = float(min_val), float(max_val)  # NumPy scalars would promote x
         _check(min_val <= max_val, f"hardtanh: min_val is {min_val} and max_val {max_val}; expected min_val <= max_val")
         return self._float()._map(
@@ -333,18 +334,18 @@ class Methods(Generic[T]):
     # Two operands -----------------------------------------------------------------------------------------------------
 
     def maximum(self, other: Any) -> T:
-        """The elementwise maximum, with broadcasting; equal elements get half of the gradient each."""
+        """The elementwise maximum, with broadcasting. Equal elements get half of the gradient each."""
         a, b = self._operands("maximum", other)
         y = self.backend.np.maximum(a.data, b.data)
         return self._record(y, (a, b), _maximum_backward, saved=(a.data, b.data))
 
     def minimum(self, other: Any) -> T:
-        """The elementwise minimum, with broadcasting; equal elements get half of the gradient each."""
+        """The elementwise minimum, with broadcasting. Equal elements get half of the gradient each."""
         a, b = self._operands("minimum", other)
         return self._record(self.backend.np.minimum(a.data, b.data), (a, b), _minimum_backward, saved=(a.data, b.data))
 
     def power(self, exponent: Any) -> T:
-        """x^exponent, both tensors. The gradient of the exponent, y ln x, is defined as 0 if x = 0 <= exponent."""
+        """x^exponent for two tensors. The gradient of the exponent, y ln x, is defined as 0 if x = 0 <= exponent."""
         a, b = self._operands("power", exponent)
         np = self.backend.np
         if b.dtype.kind == "i" and b.size and bool((b.data < 0).any()):
@@ -354,25 +355,25 @@ class Methods(Generic[T]):
         return self._record(y, (a, b), _power_backward, saved=(a.data, b.data, y if wanted[1] else None, wanted))
 
     def remainder(self, other: Any) -> T:
-        """x - other floor(x / other), with the sign of `other`: Python's and NumPy's %."""
+        """x - other floor(x / other), with the sign of `other`, like Python's and NumPy's %."""
         a, b = self._operands("remainder", other)
         y = self.backend.np.remainder(a.data, b.data)
         return self._record(y, (a, b), _remainder_backward, saved=(a.data, b.data))
 
     def logaddexp(self, other: Any) -> T:
-        """log(e^x + e^other), which does not overflow."""
+        """log(e^x + e^other), computed without overflow."""
         a, b = self._float()._operands("logaddexp", other)
         y = self.backend.np.logaddexp(a.data, b.data)
         return self._record(y, (a, b), _logaddexp_backward, saved=(a.data, b.data))
 
     def arctan2(self, other: Any) -> T:
-        """The angle of the point (other, x) to the first axis, in [-pi, pi]; the gradient at the origin is 0."""
+        """The angle between the point (other, x) and the first axis, in [-pi, pi]; the gradient at the origin is 0."""
         a, b = self._float()._operands("arctan2", other)
         y = self.backend.np.arctan2(a.data, b.data)
         return self._record(y, (a, b), _arctan2_backward, saved=(a.data, b.data))
 
     def hypot(self, other: Any) -> T:
-        """sqrt(x^2 + other^2), without overflow."""
+        """sqrt(x^2 + other^2), computed without overflow."""
         a, b = self._float()._operands("hypot", other)
         y = self.backend.np.hypot(a.data, b.data)
         return self._record(y, (a, b), _hypot_backward, saved=(a.data, b.data, y))
@@ -382,7 +383,7 @@ class Methods(Generic[T]):
         return self + (-self + end) * weight
 
     def where(self, condition: Any, other: Any) -> T:
-        """x where `condition` is true, else `other`, with broadcasting."""
+        """x where `condition` is true, and `other` elsewhere, with broadcasting."""
         a, b = self._operands("where", other)
         chosen = self._mask("where", "condition", condition)
         _broadcast("where", chosen.shape, a.shape, b.shape)
@@ -390,11 +391,11 @@ class Methods(Generic[T]):
         return self._record(y, (a, b), _where_backward, saved=(chosen, a.shape, b.shape))
 
     def masked_fill(self, mask: Any, value: Any) -> T:
-        """`value` where `mask` is true, else x."""
+        """`value` where `mask` is true, and x elsewhere."""
         return self.where(~self._mask("masked_fill", "mask", mask), value)
 
     def clip(self, min: float | None = None, max: float | None = None) -> T:
-        """x limited to [min, max], each a number or None; the gradient is 0 outside, and dy on the bounds."""
+        """x clamped to [min, max], each a number or None. The gradient is dy on the bounds, and 0 outside."""
         for name, bound in (("min", min), ("max", max)):
             if bound is not None and not isinstance(bound, int | float | numpy.number):
                 raise TypeError(f"clip: {name} has type {type(bound).__name__}; expected a number, or use maximum()")
@@ -414,11 +415,11 @@ class Methods(Generic[T]):
     # Reductions -------------------------------------------------------------------------------------------------------
 
     def min(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """The minimum over `axis`; if several elements are equal to it, they share the gradient equally."""
+        """The minimum over `axis`. Elements that tie for the minimum share the gradient equally."""
         return -(-self).max(axis, keepdims)
 
     def prod(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """The product over `axis` (one, several, or None for all). The gradient is also correct for elements of 0."""
+        """The product over `axis` (one, several, or None for all). The gradient is also correct at zeros."""
         axes, x = axes_of("prod", axis, self.ndim), self._wide()
         y = self.backend.np.prod(x.data, axis=axes, keepdims=keepdims, dtype=x.dtype)
         return self._record(y, (x,), _prod_backward, saved=(x.data, axes))
@@ -428,7 +429,7 @@ class Methods(Generic[T]):
         return self._constant(self.data.astype("int64")) if self.dtype.kind in "biu" else self
 
     def var(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The sum of (x - mean)^2 over `axis`, divided by n - ddof. NumPy's default is ddof = 0; PyTorch's is 1, and
+        """The sum of (x - mean)^2 over `axis`, divided by n - ddof. The default is that of NumPy; PyTorch's is 1, and
         it calls the argument `correction`."""
         axes, x = axes_of("var", axis, self.ndim), self._float()
         centred = x - x.mean(axes, keepdims=True)
@@ -436,11 +437,11 @@ class Methods(Generic[T]):
         return centred.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
 
     def std(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
-        """The square root of var(). Where it is 0, the gradient is 0."""
+        """The square root of var(). The gradient is 0 where the result is 0."""
         return self.var(axis, keepdims, ddof, correction)._root()
 
     def norm(self, p: float = 2, axis: Axis = None, keepdims: bool = False) -> T:
-        """(sum |x|^p)^(1/p) over `axis`, p >= 1; for p = inf the largest |x|. Where it is 0, so is the gradient."""
+        """(sum |x|^p)^(1/p) over `axis`, p >= 1, or max |x| for p = inf. The gradient is 0 where the result is 0."""
         if isinstance(p, bool) or not isinstance(p, int | float | numpy.number) or not p >= 1:
             raise ValueError(f"norm: p is {p!r}; expected a number of 1 or more (the axis is the second argument)")
         axes, x = axes_of("norm", axis, self.ndim), self._float()
@@ -450,7 +451,7 @@ class Methods(Generic[T]):
         if p == 1 or math.isinf(p):
             return size.sum(axes, keepdims) if p == 1 else size.max(axes, keepdims)
         total = size.power(float(p)).sum(axes, keepdims)
-        none = total.data == 0  # where the slope of the root is infinite
+        none = total.data == 0  # where the derivative of the root is infinite
         return total.masked_fill(none, 1.0).power(1 / float(p)).masked_fill(none, 0.0)
 
     def _root(self) -> T:
@@ -492,12 +493,12 @@ class Methods(Generic[T]):
         return self._constant(y)
 
     def logsumexp(self, axis: Axis = None, keepdims: bool = False) -> T:
-        """log(sum e^x) over `axis`. The largest element is subtracted first, so that it does not overflow."""
+        """log(sum e^x) over `axis`. The largest element is subtracted first, to avoid overflow."""
         axes, x, np = axes_of("logsumexp", axis, self.ndim), self._float(), self.backend.np
         if not all(self.shape[i] for i in axes):
             return x.sum(axes, keepdims).log()
         largest = x.detach().max(axes, keepdims=True)
-        largest = largest.masked_fill(np.isinf(largest.data), 0)  # infinity minus infinity would be NaN
+        largest = largest.masked_fill(np.isinf(largest.data), 0)  # since infinity minus infinity is NaN
         total = (x - largest).exp().sum(axes, keepdims).log()
         return total + largest.reshape(total.shape)
 
@@ -510,7 +511,7 @@ class Methods(Generic[T]):
         return inverse(self._record(y, (last,), "softmax_backward", saved=(y,)))
 
     def log_softmax(self, axis: int = -1) -> T:
-        """log(softmax(x)), as z - log(the sum of e^z) with z = x - max(x), which is accurate for any offset."""
+        """log(softmax(x)), computed as z - log(the sum of e^z) with z = x - max(x), to be accurate for any offset."""
         last, inverse = self._to_last("log_softmax", axis)
         if not self.size:
             return inverse(last)
@@ -518,7 +519,7 @@ class Methods(Generic[T]):
         return inverse(shifted - shifted.exp().sum(-1, keepdims=True).log())
 
     def _to_last(self, op: str, axis: int) -> tuple[T, Callable[[T], T]]:
-        """The tensor with `axis` moved to the end, and the function that moves it back."""
+        """Return the tensor with `axis` moved to the end, and a function that moves it back."""
         x, along = self._float(), axis_of(op, axis, self.ndim)
         if self.ndim == 0:
             return x.reshape(1), lambda y: y.reshape(())
@@ -541,7 +542,7 @@ class Methods(Generic[T]):
         """The n-th differences of consecutive elements along `axis`."""
         along = axis_of("diff", axis, self.ndim)
         _check(
-            self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape} and n is {n}; expected an axis, n >= 0"
+            self.ndim > 0 and n >= 0, f"diff: the tensor has shape {self.shape}, n is {n}; expected an axis and n >= 0"
         )
         y, before = self[...], (slice(None),) * along
         for _ in range(n):
@@ -568,12 +569,12 @@ class Methods(Generic[T]):
         return self._constant(self.backend.np.flip(order, along) if descending else order)
 
     def sort(self, axis: int = -1, descending: bool = False) -> Sorted[T]:
-        """(values, indices): the sorted elements along `axis`, and their original positions, as in PyTorch."""
+        """(values, indices): the elements sorted along `axis`, and their original positions, as in PyTorch."""
         order = self.argsort(axis, descending)
         return Sorted(self._gather(axis_of("sort", axis, self.ndim), order.data), order)
 
     def topk(self, k: int, axis: int = -1, largest: bool = True) -> Sorted[T]:
-        """(values, indices) of the k largest (or smallest) elements along `axis`, in order."""
+        """(values, indices) of the k largest (or smallest) elements along `axis`, sorted."""
         length = 1 if self.ndim == 0 else self.shape[axis_of("topk", axis, self.ndim)]
         _check(0 <= k <= length, f"topk: k is {k}; expected 0 <= k <= {length}, the length of axis {axis}")
         values, order = self.sort(axis, descending=largest)
@@ -623,7 +624,7 @@ class Methods(Generic[T]):
         return self.transpose(tuple(order))
 
     def swapaxes(self, axis1: int, axis2: int) -> T:
-        """Exchange two axes."""
+        """Swap two axes."""
         order = list(range(self.ndim))
         i, j = axis_of("swapaxes", axis1, self.ndim), axis_of("swapaxes", axis2, self.ndim)
         if self.ndim:
@@ -658,7 +659,7 @@ class Methods(Generic[T]):
         return y
 
     def broadcast_to(self, *shape: int | tuple[int, ...]) -> T:
-        """Repeat x along its axes of length 1 and along new leading axes; -1 keeps a length. A read-only view."""
+        """Repeat x along axes of length 1 and along new leading axes. -1 keeps a length. Returns a read-only view."""
         wanted: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         extra = len(wanted) - self.ndim
         lengths = tuple(self.shape[i - extra] if n == -1 and i >= extra else n for i, n in enumerate(wanted))
@@ -672,7 +673,7 @@ class Methods(Generic[T]):
         return self.broadcast_to(*shape)
 
     def repeat(self, repeats: int | Sequence[int], axis: int | None = None) -> T:
-        """Repeat each element along `axis`, or of the flattened tensor, as in NumPy (PyTorch's repeat is `tile`)."""
+        """Repeat each element along `axis`, or in the flattened tensor, as in NumPy. (PyTorch's repeat is `tile`.)"""
         if axis is None:
             return self.ravel().repeat(repeats, 0)
         x: Any = self.reshape(1) if self.ndim == 0 else self
@@ -684,7 +685,7 @@ class Methods(Generic[T]):
         return x.take(numpy.repeat(numpy.arange(n), counts), along)
 
     def tile(self, *reps: int | tuple[int, ...]) -> T:
-        """Repeat the whole tensor reps[i] times along axis i; fewer reps than axes apply to the last axes."""
+        """Repeat the tensor reps[i] times along axis i. Fewer reps than axes apply to the last axes."""
         given: Any = reps[0] if len(reps) == 1 and isinstance(reps[0], tuple | list) else reps
         ndim = max(len(given), self.ndim)
         counts = (1,) * (ndim - len(given)) + tuple(given)
@@ -694,7 +695,7 @@ class Methods(Generic[T]):
         return repeated.reshape(tuple(r * n for r, n in zip(counts, shape, strict=True)))
 
     def split(self, size: int | Sequence[int], axis: int = 0) -> tuple[T, ...]:
-        """Split along `axis` into parts of length `size` (the last may be shorter) or of given lengths (PyTorch)."""
+        """Split along `axis` into parts of length `size` (the last may be shorter), or of given lengths (PyTorch)."""
         along = axis_of("split", axis, self.ndim)
         n = self.shape[along] if self.ndim else 0
         _check(self.ndim > 0, "split: the tensor has shape (); expected an axis to split")
@@ -710,12 +711,12 @@ class Methods(Generic[T]):
         )
 
     def chunk(self, chunks: int, axis: int = 0) -> tuple[T, ...]:
-        """Split along `axis` into at most `chunks` parts of equal length; the last may be shorter, as in PyTorch."""
+        """Split along `axis` into at most `chunks` parts of equal length (the last may be shorter), as in PyTorch."""
         _check(chunks > 0, f"chunk: chunks is {chunks}; expected 1 or more")
         return self.split(max(1, -(-self.shape[axis_of("chunk", axis, self.ndim)] // chunks)) if self.ndim else 1, axis)
 
     def array_split(self, sections: int, axis: int = 0) -> tuple[T, ...]:
-        """Split along `axis` into `sections` parts with lengths that differ by at most 1, longer ones first (NumPy)."""
+        """Split along `axis` into `sections` parts whose lengths differ by at most 1, longer ones first, like NumPy."""
         _check(sections > 0, f"array_split: sections is {sections}; expected 1 or more")
         along = axis_of("array_split", axis, self.ndim)
         each, longer = divmod(self.shape[along] if self.ndim else 0, sections)
@@ -749,7 +750,7 @@ class Methods(Generic[T]):
     # Elements ---------------------------------------------------------------------------------------------------------
 
     def take(self, indices: Any, axis: int | None = None) -> T:
-        """x[..., indices, ...] with indices (of any shape) in place of `axis`, or in the flattened tensor."""
+        """x[..., indices, ...], with the indices (of any shape) at `axis`, or into the flattened tensor."""
         if axis is None:
             return self.ravel().take(indices, 0)
         along = axis_of("take", axis, self.ndim)
@@ -758,7 +759,7 @@ class Methods(Generic[T]):
         return self[(*(slice(None),) * along, at)]
 
     def gather(self, axis: int, index: Any) -> T:
-        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and so on; y has the shape of index (as in PyTorch)."""
+        """y[i][j][k] = x[i][index[i][j][k]][k] for axis 1, and so on. y has the shape of index, as in PyTorch."""
         along = axis_of("gather", axis, self.ndim)
         at = self._indices("gather", index, self.shape[along] if self.ndim else 1)
         fits = at.ndim == self.ndim and all(
@@ -768,7 +769,7 @@ class Methods(Generic[T]):
         return self._gather(along, at)
 
     def _gather(self, axis: int, at: Any) -> T:
-        """gather() with indices on this device that are known to be in range."""
+        """gather() for indices that are on this device and known to be in range."""
         if not self.ndim:
             return self[...]
         np, shape = self.backend.np, (1,) * self.ndim
@@ -776,7 +777,7 @@ class Methods(Generic[T]):
         return self[(*places[:axis], at, *places[axis + 1 :])]
 
     def _indices(self, op: str, indices: Any, length: int, negative: bool = False) -> Any:
-        """`indices` as an int64 array of this tensor's backend, each checked to be in [0, length).
+        """Convert `indices` to an int64 array of this tensor's backend. Raises IndexError if one is not in [0, length).
 
         negative  also allow -length to -1, which count from the end.
         """
@@ -791,7 +792,7 @@ class Methods(Generic[T]):
         return self.backend.upload(numpy.where(host < 0, host + length, host))
 
     def diagonal(self, offset: int = 0, axis1: int = 0, axis2: int = 1) -> T:
-        """The elements x[i, i + offset] of two axes, in the last axis of the result."""
+        """The elements x[i, i + offset] of two axes, as the last axis of the result."""
         i, j = axis_of("diagonal", axis1, self.ndim), axis_of("diagonal", axis2, self.ndim)
         _check(self.ndim > 1 and i != j, f"diagonal: axes {axis1} and {axis2} of shape {self.shape}; expected two axes")
         x = self.transpose((*(axis for axis in range(self.ndim) if axis not in (i, j)), i, j))
@@ -799,7 +800,7 @@ class Methods(Generic[T]):
         return x[(..., self.backend.upload(rows), self.backend.upload(rows + offset))]
 
     def diag(self, offset: int = 0) -> T:
-        """The diagonal of a matrix, or the matrix with a vector on its diagonal."""
+        """The diagonal of a matrix, or a matrix with a vector on its diagonal."""
         _check(self.ndim in (1, 2), f"diag: the tensor has shape {self.shape}; expected a vector or a matrix")
         if self.ndim == 2:
             return self.diagonal(offset)
@@ -829,7 +830,8 @@ class Methods(Generic[T]):
     # Products ---------------------------------------------------------------------------------------------------------
 
     def tensordot(self, other: Any, axes: int | tuple[Any, Any] = 2) -> T:
-        """The sum of products over axes of both: n (last n of x, first n of other), or (axes of x, axes of other)."""
+        """The sum of products over pairs of axes. `axes` is n, for the last n axes of x and the first n of `other`, or
+        a tuple (axes of x, axes of other)."""
         a, b = self._operands("tensordot", other, broadcast=False)
         pairs: Any = (range(a.ndim - axes, a.ndim), range(axes)) if isinstance(axes, int) else axes
         first, second = (
@@ -850,14 +852,14 @@ class Methods(Generic[T]):
         return (left @ right).reshape((*rows, *columns))
 
     def dot(self, other: Any) -> T:
-        """NumPy's dot: the sum of products over the last axis of x and the second to last (or only) axis of `other`."""
+        """NumPy's dot: the sum of products over the last axis of x and the second-to-last (or only) axis of `other`."""
         a, b = self._operands("dot", other, broadcast=False)
         if a.ndim == 0 or b.ndim == 0:
             return a * b
         return a.tensordot(b, ((a.ndim - 1,), (max(0, b.ndim - 2),)))
 
     def inner(self, other: Any) -> T:
-        """The sum of products over the last axes of both."""
+        """The sum of products over the last axes of both tensors."""
         a, b = self._operands("inner", other, broadcast=False)
         return a * b if a.ndim == 0 or b.ndim == 0 else a.tensordot(b, ((a.ndim - 1,), (b.ndim - 1,)))
 
@@ -875,7 +877,7 @@ class Sorted(NamedTuple, Generic[T]):
 
 
 def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
-    """Join tensors of one dtype, whose shapes are equal except for `axis`, along it."""
+    """Join tensors of the same dtype along `axis`. Their shapes must be equal except along `axis`."""
     first = tensors[0]
     along = axis_of("concatenate", axis, first.ndim)
     for i, x in enumerate(tensors):
@@ -889,7 +891,7 @@ def concatenate(tensors: Sequence[T], axis: int = 0) -> T:
 
 
 def axis_of(op: str, axis: Any, ndim: int) -> int:
-    """`axis`, counted from the front. If ndim is 0, 0 and -1 are allowed and give 0, as in PyTorch."""
+    """Convert `axis` to a nonnegative axis. If ndim is 0, 0 and -1 are allowed and give 0, as in PyTorch."""
     axes = axes_of(op, (axis,), ndim)
     return axes[0] if axes else 0
 
@@ -911,7 +913,7 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _as(x: Array, value: float) -> Any:
-    """A scalar of x's dtype: a Python float combined with booleans would give float64."""
+    """A scalar of x's dtype. (np.where with Python floats would give float64.)"""
     return x.dtype.type(value)
 
 
@@ -922,7 +924,7 @@ def _padded_indices(mode: str, n: int, pair: list[int]) -> numpy.ndarray:
         raise ValueError(f"pad: mode {mode!r}, {pair} elements at an axis of length {n}: {error}") from None
 
 
-# Backward passes: see `record` in tensor.py --------------------------------------------------------------------------
+# Backward functions: see `record` in tensor.py ------------------------------------------------------------------------
 
 
 class Slope:
@@ -960,7 +962,7 @@ def _where_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
 
 
 def _cumsum_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """x_j is in y_i for every i >= j: dx_j is the sum of these dy_i, a cumulative sum from the end."""
+    """x_j is a term of y_i for every i >= j, so dx_j is the sum of these dy_i: a cumulative sum from the end."""
     (axis,) = saved
     np = backend_of(dy).np
     return (np.flip(np.cumsum(np.flip(dy, axis), axis=axis), axis),)
@@ -1012,7 +1014,7 @@ def _hypot_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients
 
 
 def _prod_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """dx_j = dy times the product of the elements before x_j and after it, which needs no division."""
+    """dx_j = dy times the product of all elements before and after x_j. This needs no division."""
     x, axes = saved
     np = backend_of(dy).np
     kept = [i for i in range(x.ndim) if i not in axes]

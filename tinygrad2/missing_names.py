@@ -1,8 +1,8 @@
-"""Hints for names that exist in PyTorch or NumPy but not in tinygrad2, appended to the AttributeError.
+"""Hints that are added to the AttributeError for names that exist in PyTorch or NumPy but not in tinygrad2.
 
     tinygrad2.conv2d  ->  AttributeError: tinygrad2 has no attribute 'conv2d'; convolutions are not supported: ...
 
-Each table maps missing names to hints, for one owner: the package, one of its modules, or a class.
+Each table maps the missing names of one owner (the package, a module, or a class) to hints.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ Hints = dict[str, str]
 
 
 def _hints(rows: dict[str, str]) -> Hints:
-    """Expand rows whose keys list several names into one hint per name."""
+    """Expand rows whose keys list several names to one entry per name."""
     return {name: hint for names, hint in rows.items() for name in names.split()}
 
 
 def missing(owner: str, name: str, hints: Hints) -> AttributeError:
-    """The error for an attribute that does not exist, with its hint if there is one."""
+    """The error for an attribute that does not exist, with a hint if there is one."""
     hint = hints.get(name)
     return AttributeError(f"{owner} has no attribute {name!r}" + (f"; {hint}" if hint else ""))
 
 
 def missing_in_place(name: str, methods: type) -> AttributeError:
-    """The error for one of PyTorch's in-place methods, such as `add_`."""
+    """The error for an in-place method of PyTorch, such as `add_`."""
     other = f"use x = x.{name[:-1]}(...), or " if hasattr(methods, name[:-1]) else ""
     return missing("Tensor", name, {name: f"in-place methods are not supported: {other}write to x.data"})
 
 
 def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
-    """The `__getattr__` of a module, which Python calls for an attribute that does not exist."""
+    """The `__getattr__` of a module, which Python calls for attributes that do not exist."""
 
     def reject(name: str) -> Any:
         raise missing(module, name, hints)
@@ -42,7 +42,7 @@ def of_module(module: str, hints: Hints) -> Callable[[str], Any]:
 
 
 def reject_calls(module: str, hint: str) -> None:
-    """Make calls of this module, which shares its name with a function of PyTorch or NumPy, an error with this hint."""
+    """Make calling a module, whose name is that of a function in PyTorch or NumPy, raise a TypeError with this hint."""
 
     class Module(ModuleType):
         def __call__(self, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Modules, which combine parameters with operations. The operations are in ops.py, their math in reference.py."""
+"""Modules, which combine parameters and operations. The operations are in ops.py, and their math is in reference.py."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tinygrad2.tensor import Tensor
 
 
 class Module(State, metaclass=ModuleType):
-    """The base class. Parameters and modules are attributes, or in lists, tuples and dicts; names are paths to them."""
+    """The base class. Parameters and modules are attributes, or in lists, tuples and dicts. Their names are paths."""
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """Every parameter under its dotted name, such as `h.0.attn.c_attn.weight`, in the order of registration."""
+        """Every parameter with its dotted name, such as `h.0.attn.c_attn.weight`, in order of registration."""
         seen: set[int] = set()
         for name, parameter in parameters_in(self, prefix):
-            if id(parameter) not in seen:  # a shared parameter counts once, under its first name
+            if id(parameter) not in seen:  # a shared parameter appears once, under its first name
                 seen.add(id(parameter))
                 yield name, parameter
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every parameter, in the order of registration."""
+        """Every parameter, in order of registration."""
         return (parameter for _, parameter in self.named_parameters())
 
     def arena(self) -> ParameterArena:
@@ -39,7 +39,7 @@ class Module(State, metaclass=ModuleType):
         return self._arena
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A parameter in an arena cannot be replaced, nor any by another type: raises TypeError."""
+        """Set an attribute. Raises TypeError when replacing a parameter by another type, or one that is in an arena."""
         old = vars(self).get(name)
         if isinstance(old, Parameter) and old is not value:
             if value is not None and not isinstance(value, Parameter):
@@ -55,12 +55,12 @@ class Module(State, metaclass=ModuleType):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to copy or pickle, without the arena (copied parameters get a new one) and the initializer
-        (which may be a lambda)."""
+        """The state to copy or pickle, without the arena (copied parameters get a new one) or the initializer (which
+        may be a lambda)."""
         return {name: value for name, value in vars(self).items() if name not in ("_arena", "init")}
 
     def modules(self) -> Iterator[Module]:
-        """This module and every module in it."""
+        """This module and all modules in it."""
         yield self
         yield from modules_in(self)
 
@@ -69,10 +69,10 @@ class Module(State, metaclass=ModuleType):
         return backend.unsupported_reason(precision)
 
     def to(self, device: str | None = None, precision: PrecisionLike | None = None) -> Self:
-        """Move every parameter and gradient to "cpu" or "cuda", or change the precision of every layer, or both.
+        """Move all parameters and gradients to "cpu" or "cuda", or change the precision of all layers, or both.
 
-        Values are rounded to their new dtype, and copies are recreated if the precision uses them. Gradients whose
-        dtype changes are dropped. Returns the module. Its optimizer is moved automatically.
+        Values are rounded to the new dtype, and copies are recreated if the precision uses them. Gradients whose dtype
+        changes are dropped. The state of an optimizer is moved automatically. Returns the module.
         Raises ValueError, and changes nothing, if the device does not support the precision.
         """
         target = None if device is None else get_backend(device)
@@ -82,7 +82,7 @@ class Module(State, metaclass=ModuleType):
             for layer in layers:
                 if reason := layer.unsupported_reason(backend, wanted or layer.precision):
                     raise ValueError(
-                        f"{type(layer).__name__}: {reason}; pass another precision too, as in to('cpu', 'float32')"
+                        f"{type(layer).__name__}: {reason}; also pass another precision, as in to('cpu', 'float32')"
                     )
         if wanted is not None:
             for layer in layers:
@@ -108,8 +108,8 @@ class Module(State, metaclass=ModuleType):
 class Layer(Module):
     """A module with its own parameters.
 
-    device     where its parameters are: "cpu", "cuda", or "auto" (a GPU if there is one).
-    precision  a Precision, or the name of one. The input must have its dtype of activations.
+    device     the device of the parameters: "cpu", "cuda", or "auto" (a GPU if there is one).
+    precision  a Precision, or the name of one. The input must have the dtype of its activations.
     """
 
     def __init__(self, device: str, precision: PrecisionLike):
@@ -170,7 +170,7 @@ class LayerNorm(Layer):
 
 
 class Embedding(Layer):
-    """The rows of a table (n, width) at the tokens: (...) -> (..., width). By default the table is normal(0, 0.02)."""
+    """Looks up tokens (...) in a table (n, width) -> (..., width). By default the table ~ normal(0, 0.02)."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class Embedding(Layer):
 
 
 class RMSNorm(Layer):
-    """y = weight x / sqrt(mean(x^2) + eps) over the last axis of length n; weight starts at 1 (arXiv:1910.07467)."""
+    """y = weight x / sqrt(mean(x^2) + eps) over the last axis, of length n (arXiv:1910.07467). Initially weight = 1."""
 
     def __init__(self, n: int, eps: float = 1e-5, device: str = "cpu", precision: PrecisionLike = "float32"):
         super().__init__(device, precision)
@@ -209,7 +209,7 @@ class ReLU(Module):
 
 
 class GELU(Module):
-    """GELU in its tanh form, as in GPT-2, or, if `exact`, with the error function (arXiv:1606.08415)."""
+    """GELU in the tanh form, as in GPT-2, or, if `exact`, with the error function (arXiv:1606.08415)."""
 
     def __init__(self, exact: bool = False):
         self.exact = exact
@@ -226,9 +226,9 @@ class SiLU(Module):
 
 
 class Dropout(Module):
-    """With a key, each element is 0 with probability `rate`, else divided by 1 - rate; without a key, the identity."""
+    """Sets elements to 0 with probability `rate` and divides the others by 1 - rate. Without a key, the identity."""
 
-    sites = 1  # the number of random streams that a module draws from
+    sites = 1  # the number of random streams that a module uses
 
     def __init__(self, rate: float):
         if not 0 <= rate < 1:
@@ -240,15 +240,15 @@ class Dropout(Module):
 
 
 class Sequential(Module):
-    """Applies the layers in order. In training, pass a key: each Dropout receives it, with its own site."""
+    """Applies layers in order. In training, pass a key; each Dropout layer receives it with a site of its own."""
 
     def __init__(self, *layers: Callable[..., Tensor]):
         self.layers = list(layers)
         for i, layer in enumerate(layers):
             if not callable(layer):
                 raise TypeError(
-                    f"Sequential: layer {i} has type {type(layer).__name__}; expected modules or functions, one "
-                    f"argument each"
+                    f"Sequential: layer {i} has type {type(layer).__name__}; expected a module or a function of one "
+                    f"argument"
                 )
 
     @property

@@ -4,7 +4,7 @@
     checker.run(lambda: model.loss(tokens, targets).backward())
     print(checker.first)
 
-It checks every result and every gradient through `tracing`, so passes outside of `run` are not slowed down.
+All results and gradients are checked through `tracing`, so passes outside `run` are not slowed down.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ CHUNK = 1 << 22  # elements checked at a time, to limit the memory that the chec
 class Place:
     """The first bad value in a tensor.
 
-    phase      "forward" or "backward"; "" if a parameter was checked outside of a pass.
-    operation  the name of the operation, such as "linear"; "" outside of a pass.
+    phase      "forward" or "backward"; "" if a parameter was checked outside a pass.
+    operation  the name of the operation, such as "linear"; "" outside a pass.
     layer      the module whose parameters the operation reads, such as "h.2.mlp.c_fc"; "after h.2.attn.c_attn" for an
-               operation without parameters after that module; "" if there is none.
+               operation without parameters that follows that module; "" if there is none.
     tensor     the role of the tensor in the operation, such as "its result" or "parameter h.2.mlp.c_fc.weight".
-    parameter  the parameter's name if the tensor is one, not a result or a gradient; else "".
-    shape, index, value  the shape of the tensor, and the index and value of its first bad value.
+    parameter  the name of the parameter, if the tensor is a parameter; else "".
+    shape      the shape of the tensor.
+    index      the index of the first bad value.
+    value      the first bad value.
     bad        the number of bad values.
     """
 
@@ -71,14 +73,14 @@ class Place:
 
 
 class _FoundError(Exception):
-    """Raised to end a pass at the first non-finite value."""
+    """Raised to stop a pass at the first non-finite value."""
 
 
 class Checker:
     """Checks everything that is computed in `run`.
 
     first  the first tensor with a non-finite value, or None.
-    large  the first tensor with a finite value larger than LARGE, from which overflows follow, or None.
+    large  the first tensor with a finite value larger than LARGE, which can cause an overflow later, or None.
     """
 
     def __init__(self, model: HasParameters):
@@ -87,16 +89,16 @@ class Checker:
         named = list(model.named_parameters())
         self._parameters = {id(parameter): name for name, parameter in named}
         self._leaves = {id(parameter.leaf): name for name, parameter in named}
-        self._operations: dict[Any, tuple[str, str]] = {}  # node -> the operation and its layer
+        self._operations: dict[Any, tuple[str, str]] = {}  # node -> the name of the operation, and its layer
         self._layer = ""
 
     @property
     def origin(self) -> Place | None:
-        """The origin of the first non-finite value: an earlier value that is too large, if there is one."""
+        """The likely origin of the first non-finite value: the first value that is too large, if there is one."""
         return self.large or self.first
 
     def run(self, function: Callable[[], object]) -> bool:
-        """Call the function until a value is not finite. Returns whether all values are finite."""
+        """Call the function, and stop at the first value that is not finite. Returns whether all values are finite."""
         with suppress(_FoundError), numpy.errstate(all="ignore"), tracing(self._forward, self._backward):
             function()
         self._operations.clear()
@@ -139,7 +141,7 @@ class Checker:
         return size <= LARGE or (math.isfinite(size) and self.large is not None)
 
     def _note(self, phase: str, operation: str, layer: str, tensors: list[tuple[str, str, Array]]) -> None:
-        """Set `first` or `large` to the first tensor with bad values in an operation."""
+        """Set `first` or `large` to the first tensor of an operation that has bad values."""
         for finite in (True, False):
             if finite and self.large is not None:
                 continue
@@ -163,8 +165,8 @@ def bad_parameters(model: HasParameters) -> Iterator[Place]:
 
 
 def damage(model: HasParameters, function: Callable[[], object] | None = None) -> str:
-    """A clause for error messages that says why a model's results are not finite: its first damaged parameter, or else
-    the first bad value when the function is called."""
+    """A clause for error messages that explains why a model's results are not finite: its first damaged parameter or,
+    if there is none, the first bad value that is computed when the function is called."""
     place = next(bad_parameters(model), None)
     if place is not None:
         return f"its weights are damaged: {place}"
@@ -172,11 +174,11 @@ def damage(model: HasParameters, function: Callable[[], object] | None = None) -
     if function is not None:
         with no_grad():
             checker.run(function)
-    return f"its weights are finite; the first bad value: {checker.origin or 'not found again'}"
+    return f"its weights are finite; the first bad value: {checker.origin or 'could not be reproduced'}"
 
 
 def largest(x: Array | Tensor) -> float:
-    """The largest absolute value; NaN or infinity if there is one; 0 for integers and empty arrays."""
+    """The largest absolute value. NaN or infinity if the array contains one; 0 for integers and empty arrays."""
     values: Array = x.data if isinstance(x, Tensor) else x
     if values.dtype.kind in "biu" or not values.size:
         return 0.0
@@ -191,8 +193,8 @@ def largest(x: Array | Tensor) -> float:
 
 
 def _locate(x: Array, finite: bool) -> tuple[tuple[int, ...], float, int] | None:
-    """The index of the first value that is not finite (or, if `finite`, that is finite but larger than LARGE), the
-    value, and the number of such values; None if there are none."""
+    """The index and the value of the first non-finite value, and the number of such values; None if there are none. If
+    `finite`, search for finite values larger than LARGE instead."""
     if x.dtype.kind in "biu":
         return None
     flat, backend = x.reshape(-1), backend_of(x)

@@ -1,8 +1,8 @@
 """NumPy functions for Tensors, with NumPy's names and arguments: np.sort(x), np.where(mask, x, y), np.stack([x, y]).
 
-If x is a Tensor, protocols.py implements np.f(x) with a method that has the same arguments, or with the function f
-here. Most are compositions of one or two lines; they are described in NumPy's documentation. Arguments that select
-memory (out, order="F" of a copy) or an algorithm are not supported.
+If x is a Tensor, protocols.py implements np.f(x) by a method with the same arguments, or by the function f in this
+file. Most functions are compositions of one or two lines; see NumPy's documentation for their descriptions. Arguments
+that control memory (out, order="F" of a copy) or the algorithm are not supported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _tensor(x: Any) -> Tensor:
 
 
 def _two(op: str, a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
-    """Both as Tensors of one dtype."""
+    """Both operands as Tensors of a common dtype."""
     x, y = functional._tensors(op, [a, b])
     return x, y
 
@@ -45,7 +45,7 @@ def cbrt(x: Tensor) -> Tensor:
 
 
 def sinc(x: Tensor) -> Tensor:
-    angle = x.where(x.data != 0, 1e-20) * math.pi  # sin(t) / t is 1 there
+    angle = x.where(x.data != 0, 1e-20) * math.pi  # at 1e-20, sin(t) / t is 1
     return angle.sin() / angle
 
 
@@ -295,7 +295,7 @@ def ediff1d(ary: Tensor) -> Tensor:
 
 
 def gradient(f: Tensor, spacing: float = 1.0, axis: int | None = None) -> Any:
-    """Central differences, one-sided at the ends, along one axis or each axis."""
+    """Central differences (one-sided at the ends) along one axis, or along each axis."""
     if axis is None and f.ndim > 1:
         return [gradient(f, spacing, i) for i in range(f.ndim)]
     x = f.moveaxis(axis or 0, -1)

@@ -1,7 +1,7 @@
-"""The operations that GPT-2 is made of, on Tensors.
+"""The operations of GPT-2, on Tensors.
 
 Each function checks its arguments, calls the kernel of the same name (see reference.py for the math) and records its
-backward pass: the name of a kernel or, if parameters have gradients to add to, the function below it.
+backward pass: the name of a kernel or, if gradients of parameters are accumulated, the function defined below it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SCALED_ROWS = 256  # rows of a gradient that are scaled at a time
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tf32: bool = False) -> Tensor:
     """y = x W + b.
 
-    x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves weight and x; or, if x is a result
-    of gelu or layernorm and C_out at least backend.recompute_outputs, a recipe for x.
-    tf32  multiply float32 in TF32, here and in the backward pass.
+    x (..., C_in), weight (C_in, C_out), bias (C_out,) or None -> (..., C_out). Saves weight and x. If x is a result of
+    gelu or layernorm and C_out is at least backend.recompute_outputs, saves a recipe to recompute x instead of x.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     check_tensors("linear", x)
@@ -57,10 +57,10 @@ def _linear_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradient
 
 
 def logits(x: Tensor, weight: Tensor, tf32: bool = False) -> Tensor:
-    """y = x W^T: an output layer whose matrix is the token embedding.
+    """y = x W^T: an output layer tied to the token embedding.
 
     x (..., C), weight (V, C) -> (..., V). Saves x and weight.
-    tf32  multiply float32 in TF32, here and in the backward pass.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
     Raises ValueError if the shapes do not match, or if the device does not support TF32.
     """
     check_tensors("logits", x)
@@ -89,7 +89,7 @@ def embedding(
     """y[..., t] = wte[tokens[..., t]] + wpe[first_position + t].
 
     tokens (..., T) integers (an array, a list or a Tensor), wte (V, C), wpe (P, C) or None -> (..., T, C).
-    dtype  the dtype to read the tables in, and of the result. None means wte's dtype, or float32 if that is bfloat16.
+    dtype  the dtype of the result, in which the tables are read. None means wte's dtype, or float32 for bfloat16.
     Saves the tokens, on the host. Raises ValueError for a token outside [0, V) or a position beyond P.
     """
     check_tensors("embedding", wte)
@@ -122,8 +122,8 @@ def _embedding_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 def dropout(x: Tensor, rate: float, key: Key | None) -> Tensor:
     """y = x m / (1 - rate) with m ~ Bernoulli(1 - rate); x itself if key is None or rate is 0.
 
-    x (samples, ...). The mask is a function of only the key and the element's index in the global batch; the
-    backward pass recomputes it, so only the key is saved. Raises ValueError for a rate outside [0, 1).
+    x (samples, ...). The mask depends only on the key and the element's index in the global batch. The backward pass
+    recomputes it, so only the key is saved. Raises ValueError for a rate outside [0, 1).
     """
     rate = check_rate("dropout", rate, key)
     if key is None or rate == 0:
@@ -161,7 +161,7 @@ def _layernorm_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 
 
 def add_layernorm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """s = x + delta and y = layernorm(s), the residual connection and the normalization after it, in one pass.
+    """s = x + delta and y = layernorm(s): a residual connection and the following normalization, in one pass.
 
     x and delta (..., C), weight and bias (C,) -> s and y, both (..., C). Saves s and two statistics per row.
     """
@@ -187,7 +187,7 @@ def _add_layernorm_backward(
     if dy is None:  # only the sum was used
         return ds, ds, None, None
     k = backend_of(dy).kernels
-    if ds is None:  # only the normalized result was used, as after the last block
+    if ds is None:  # only the normalized result was used, as is the case after the last block
         dx = k.layernorm_backward(dy, *saved, into(2), into(3))
     else:
         dx = k.add_layernorm_backward(ds, dy, *saved, into(2), into(3))
@@ -198,10 +198,10 @@ def attention(qkv: Tensor, n_head: int, rate: float = 0.0, key: Key | None = Non
     """Causal multi-head softmax attention on packed queries, keys and values (arXiv:1706.03762, eq. 1).
 
     qkv (B, T, 3 * n_head * D), the result of one linear layer -> (B, T, n_head * D).
-    With a key, dropout at `rate` acts on the attention weights. Saves qkv, the result and (B, H, T) row statistics;
-    no T x T array.
-    tf32  multiply float32 in TF32, here and in the backward pass.
-    Raises ValueError if qkv does not divide into heads, or if the device does not support TF32.
+    If a key is given, dropout at `rate` is applied to the attention weights. Saves qkv, the result and row statistics
+    of shape (B, H, T), but no T x T array.
+    tf32  compute float32 matrix products in TF32, here and in the backward pass.
+    Raises ValueError if qkv cannot be split into heads, or if the device does not support TF32.
     """
     rate = check_rate("attention", rate, key)
     check_tensors("attention", qkv)
@@ -223,11 +223,11 @@ def _attention_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
 
 
 def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: bool = False) -> Tensor:
-    """Causal attention of new tokens, whose keys and values are added to `cache`; for generation, without gradients.
+    """Causal attention of new tokens, whose keys and values are appended to `cache`. For generation, without gradients.
 
-    qkv (B, T, 3 * n_head * D) of the positions from `length`; cache (2, B, n_head, capacity, D), written to
+    qkv (B, T, 3 * n_head * D) at positions `length` and up; cache (2, B, n_head, capacity, D), modified in place
     -> (B, T, n_head * D).
-    tf32  multiply float32 in TF32.
+    tf32  compute float32 matrix products in TF32.
     Raises RuntimeError if a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
@@ -239,7 +239,7 @@ def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: 
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
-    """GELU of x + bias (arXiv:1606.08415): GPT-2's tanh form, or with `exact` the form with the error function.
+    """GELU of x + bias (arXiv:1606.08415): GPT-2's tanh form or, if `exact`, the form with the error function.
 
     x (..., C), bias (C,) or None -> (..., C). Saves x.
     """
@@ -254,7 +254,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     forward = k.gelu_exact_forward if exact else k.gelu_forward
     parents = (x,) if bias is None else (x, bias)
     y = record(forward(x.data, b), parents, _gelu_backward, saved=(x.data, b, exact))
-    return y if exact else attach_recipe(y, forward, x.data, b)  # (the error function takes longer)
+    return y if exact else attach_recipe(y, forward, x.data, b)  # (recomputing the error function is slower)
 
 
 def _gelu_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
@@ -301,10 +301,10 @@ def lm_head(
     """cross_entropy(x W^T, targets), fused: the head of a language model and its loss.
 
     x (..., C), weight (V, C), targets (...) integers -> a scalar, in nats. Saves x, weight and one (N, V) buffer, which
-    contains first the logits and then their gradient. Raises ValueError for a target outside [0, V).
-    head_rows  process at most this many of the N rows at a time: the buffer has this many rows and is not saved. If
-               gradients are recorded, those of x and weight are computed at once, and saved in its place.
-    tf32       multiply float32 in TF32, here and in the backward pass.
+    first contains the logits and then their gradient. Raises ValueError for a target outside [0, V).
+    head_rows  maximum number of rows (out of N) processed at a time. The buffer then has only head_rows rows and is not
+               saved. If gradients are recorded, those of x and weight are computed immediately and saved instead.
+    tf32       compute float32 matrix products in TF32, here and in the backward pass.
     """
     w, ids = _check_head(x, weight, targets)
     if ids.size == 0:
@@ -331,11 +331,11 @@ def lm_head_gradients(
     head_rows: int | None = None,
     tf32: bool = False,
 ) -> Array:
-    """loss = lm_head(x, weight, targets); loss.backward(dloss), with less memory. Returns loss.data.
+    """loss = lm_head(x, weight, targets); loss.backward(dloss), using less memory. Returns loss.data.
 
-    The logits of some rows are turned into their gradients at once, and the gradient of a parameter is added where it
-    belongs: neither the (N, V) logits nor a (V, C) gradient need memory of their own.
-    head_rows  at most this many rows at a time; None for as many as backend.logits_bytes allow.
+    The logits of a chunk of rows are immediately replaced by their gradients, and the gradient of a parameter is added
+    directly to its buffer. So neither the (N, V) logits nor a (V, C) gradient is ever allocated.
+    head_rows  maximum number of rows processed at a time. None: as many as fit in backend.logits_bytes.
     """
     w, ids = _check_head(x, weight, targets)
     if ids.size == 0 or x.shape[-1] == 0 or not _has_gradient(x, weight):
@@ -369,7 +369,7 @@ def _lm_head_in_chunks(
     dloss: float | None,
     dweight: Array | None,
 ) -> tuple[Array, Array | None]:
-    """The loss and, unless dloss is None, dx; dweight += the gradient of weight."""
+    """Return the loss and dx; dx is None if dloss is None. Adds the gradient of weight to dweight."""
     backend, rows, ids = backend_of(x), x.reshape(-1, x.shape[-1]), ids.reshape(-1)
     losses: list[Array] = []
     dx, scale = None, None
@@ -386,7 +386,7 @@ def _lm_head_in_chunks(
 
 
 def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradients:
-    """The gradients for dloss = 1, times dloss."""
+    """The gradients for dloss = 1, multiplied by dloss."""
     dx, dweight = saved
     if dweight is not None and (total := into(1)) is not None:
         for rows in _chunks(len(dweight), SCALED_ROWS):
@@ -395,7 +395,7 @@ def _lm_head_in_chunks_backward(saved: Saved, dy: Array, into: GradientBuffers) 
 
 
 def _chunks(rows: int, head_rows: int) -> list[slice]:
-    """Rows in chunks of at most head_rows, of nearly equal sizes, the largest first, so that memory is reused."""
+    """Divide rows into nearly equal chunks of at most head_rows, the largest first, so that memory is reused."""
     if head_rows < 1:
         raise ValueError(f"lm_head: head_rows is {head_rows}; expected 1 or more")
     count = -(-rows // head_rows)
@@ -404,7 +404,7 @@ def _chunks(rows: int, head_rows: int) -> list[slice]:
 
 
 def _check_head(x: Tensor, weight: Tensor, targets: Tensor | ArrayLike) -> tuple[Array, Array]:
-    """The weight as x's dtype, and the targets on x's device."""
+    """Return the weight in x's dtype, and the targets on x's device."""
     check_tensors("lm_head", x)
     w = read("lm_head", "weight", weight, x.dtype)
     if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:

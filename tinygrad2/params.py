@@ -1,4 +1,4 @@
-"""Parameters, and the arena, which stores them in flat buffers."""
+"""Parameters, and the arena that stores them in flat buffers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tinygrad2.backend import Backend, backend_of
 from tinygrad2.distributed import Comm, Staging
 from tinygrad2.tensor import Tensor, form_of, gradient_array
 
-BUCKET_SIZE = 1 << 22  # maximum number of elements that ranks transfer at a time, unless a parameter has more
+BUCKET_SIZE = 1 << 22  # maximum number of elements that ranks transfer at once, unless a single parameter has more
 
 
 class Parameter(Tensor):
     """A tensor that an optimizer updates: always a leaf.
 
     Assigning to `.data` or `.grad` copies into the parameter's memory (assigning None to `.grad` clears it), so a
-    parameter never leaves its arena. Tensor operators and methods act on the data.
+    parameter never leaves its arena. Tensor operators and methods use the data.
 
-    copy  the dtype of a copy that is kept equal to the data, or None. Layers with activations of that dtype read the
-          copy, while the optimizer adds its small updates to the data.
+    copy  the dtype of a copy that is kept in sync with the data, or None. Layers with activations of that dtype read
+          the copy, while the optimizer adds its small updates to the data.
 
-    A parameter with only bfloat16 data has no gradient and can only be read inside no_grad().
+    A parameter whose data is bfloat16 has no gradient and can only be read inside no_grad().
     """
 
     __slots__ = ("_data", "_copy", "_arena")
@@ -102,7 +102,7 @@ class Parameter(Tensor):
         self._arena = None
 
     def mark_written(self) -> None:
-        """Note that the values were changed in place, so that a backward pass that needs the old values raises."""
+        """Record that the values were changed in place. A backward pass that needs the old values then raises."""
         self._leaf.mark_written(*(array for array in (self._data, self._copy) if array is not None))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,18 +110,19 @@ class Parameter(Tensor):
         return _rebuild_parameter, (function, arguments, self.copy_dtype)
 
     def checked(self, what: str, values: Any) -> Array:
-        """An array of numbers, of the parameter's shape. Raises TypeError or ValueError, which begins with `what`."""
+        """Convert values to an array of the parameter's shape. Raises TypeError or ValueError; messages start with
+        `what`."""
         given = values.data if isinstance(values, Tensor) else of_numpy(values)
         array = backend_of(self._data).asarray(given if hasattr(given, "dtype") else numpy_array(what, given))
         if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
             raise TypeError(f"{what} has dtype {array.dtype}; expected floats, integers or booleans")
         if array.shape != self._data.shape:
-            raise ValueError(f"{what} has shape {array.shape}; expected {self._data.shape}, the parameter's")
+            raise ValueError(f"{what} has shape {array.shape}; expected {self._data.shape}, the parameter's shape")
         return array
 
     def convert(self, backend: Backend, dtype: DTypeLike, copy: DTypeLike | None) -> None:
-        """Move the values to a backend and a dtype, with or without a copy in another dtype. The parameter leaves its
-        arena. The gradient is moved too, but is dropped if the dtype changes."""
+        """Move the values to a backend and convert them to a dtype, with or without a copy in another dtype. The
+        parameter leaves its arena. The gradient is moved too, but it is dropped if the dtype changes."""
         old, grad = backend_of(self._data), self._leaf.grad
         same, values = self._data.dtype == dtype, old.to_host(self._data)
         self._data = backend.asarray(values if same else values.astype(dtype))
@@ -133,7 +134,7 @@ class Parameter(Tensor):
     def place(self, arena: ParameterArena, data: Array, grad: Array, copy: Array | None = None) -> None:
         """Move the values to the memory `data`, `grad` and `copy` of an arena (views of the parameter's shape).
 
-        copy  must be given if and only if the parameter has a copy.
+        copy  required if and only if the parameter has a copy.
         """
         data[...] = self._data
         if self._leaf.grad is not None:
@@ -146,7 +147,7 @@ class Parameter(Tensor):
 def _rebuild_parameter(
     function: Callable[..., Parameter], arguments: tuple[Any, ...], copy: DTypeLike | None
 ) -> Parameter:
-    """Create the copy of a parameter, outside of any arena; see Parameter.__reduce__."""
+    """Recreate a pickled or copied parameter, outside any arena; see Parameter.__reduce__."""
     parameter = function(*arguments)
     parameter._copy = _rounded(parameter._data, copy)
     return parameter
@@ -158,10 +159,11 @@ def _rounded(data: Array, dtype: DTypeLike | None) -> Array | None:
 
 @dataclass
 class Region:
-    """A flat buffer with the parameters that have weight decay, or with those that do not.
+    """A flat buffer of the parameters with weight decay, or of the parameters without it.
 
-    values and grads are 1-D arrays; `where` maps a parameter's name to its (start, stop) in both.
-    copies  the values in the dtype that layers read, kept up to date, or None.
+    values, grads  1-D arrays.
+    where          maps a parameter's name to its (start, stop) in both arrays.
+    copies         the values in the dtype that layers read, kept in sync, or None.
     """
 
     name: str
@@ -173,7 +175,7 @@ class Region:
 
 @dataclass
 class Bucket:
-    """Elements start ... stop - 1 of a region, which ranks transfer together, and the names of its parameters.
+    """Elements start ... stop - 1 of a region, which ranks transfer at once, and the names of their parameters.
 
     staging  host memory for the transfer.
     """
@@ -193,11 +195,11 @@ class HasParameters(Protocol):
 
 
 class ParameterList:
-    """Parameters without a module, for an optimizer; their names are their positions."""
+    """Parameters without a module, for an optimizer. Their names are their positions."""
 
     def __init__(self, parameters: Iterable[Parameter]):
         given = list(parameters) if isinstance(parameters, Iterable) else [parameters]
-        self._parameters = list({id(parameter): parameter for parameter in given}.values())  # each once
+        self._parameters = list({id(parameter): parameter for parameter in given}.values())  # without duplicates
         for i, parameter in enumerate(self._parameters):
             if not isinstance(parameter, Parameter):
                 raise TypeError(
@@ -228,10 +230,10 @@ def arena_of(named_parameters: Iterable[tuple[str, Parameter]]) -> ParameterAren
 class ParameterArena:
     """All parameters of a model in two flat regions: `decay` (matrices) and `no_decay` (biases and gains).
 
-    Clearing the gradients takes one memset per region, the optimizer runs one kernel per region, and ranks sum a
-    sequence of final gradients as one slice. For this, parameters are in the order in which the backward pass finishes
-    their gradients: the last registered is final first. An embedding that is tied to the output layer is registered
-    first and is final last.
+    Clearing the gradients takes one memset per region, the optimizer runs one kernel per region, and ranks sum
+    consecutive gradients as one slice. Parameters are therefore in the order in which the backward pass finishes their
+    gradients: the last registered parameter is finished first. An embedding that is tied to the output layer is
+    registered first and finished last.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]]):
@@ -281,7 +283,7 @@ class ParameterArena:
             self.backend.clear(region.grads)
 
     def mark_written(self) -> None:
-        """Note that the values have been changed in the flat buffers."""
+        """Record that the values were changed in the flat buffers."""
         for parameter in self.parameters.values():
             parameter.mark_written()
 
@@ -293,8 +295,8 @@ class ParameterArena:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The regions, divided into buckets of whole parameters, in the order in which the backward pass finishes them.
-        A bucket has up to BUCKET_SIZE elements, or one larger parameter."""
+        """The regions divided into buckets, in the order in which the backward pass finishes them. Parameters are not
+        split. A bucket has up to BUCKET_SIZE elements, or a single larger parameter."""
         buckets: list[Bucket] = []
         for region in self.regions:
             for name, (start, stop) in region.where.items():
@@ -311,7 +313,7 @@ class ParameterArena:
         """Raise ValueError naming the first parameter that is not bitwise equal on all ranks."""
         if comm.size == 1:
             return
-        names = list(self.parameters)[::-1]  # in the order of registration
+        names = list(self.parameters)[::-1]  # in order of registration
         host = (self.backend.to_host(self.parameters[name].data) for name in names)
         checksums = comm.all_gather(numpy.array([zlib.crc32(numpy.asarray(values, order="C").data) for values in host]))
         differs = checksums != checksums[0]

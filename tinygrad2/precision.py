@@ -11,13 +11,13 @@ from numpy.typing import DTypeLike
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a model's parameters and activations. A model has one precision for all of its layers.
+    """The dtypes of a model's parameters and activations. All layers of a model have the same precision.
 
-    name         the name for users.
+    name         the name that users see.
     parameters   the dtype of the parameters, their gradients and the optimizer state.
     activations  the dtype in which layers read the parameters and compute.
-    matrices     the dtype of parameters with two or more axes, if it differs from that of the others. They are
-                 converted when they are read, and have no gradients: the model can generate, but not train.
+    matrices     the dtype of parameters with two or more axes, if it differs from that of the others. Such parameters
+                 are converted when they are read and have no gradients, so the model can generate but not train.
     tf32         whether float32 matrix products round their operands to a 10-bit mantissa.
     """
 
@@ -29,7 +29,7 @@ class Precision:
 
     @staticmethod
     def of(value: PrecisionLike) -> Precision:
-        """The precision with this name or dtype, or `value` itself. Raises ValueError if there is none."""
+        """The precision with this name or dtype, or `value` itself if it is one. Raises ValueError if there is none."""
         if isinstance(value, Precision):
             return value
         name = value if isinstance(value, str) else numpy.dtype(value).name
@@ -39,7 +39,7 @@ class Precision:
 
     @property
     def copies(self) -> str | None:
-        """The dtype of the parameter copies that layers read, or None if they read the parameters themselves."""
+        """The dtype of the parameter copies that layers read, or None if layers read the parameters themselves."""
         return None if self.activations == self.parameters else self.activations
 
     @property
@@ -49,10 +49,12 @@ class Precision:
 
     @property
     def parameter_bytes(self) -> int:
+        """Bytes per parameter."""
         return numpy.dtype(self.parameters).itemsize
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes per activation."""
         return numpy.dtype(self.activations).itemsize
 
     def dtype_of(self, ndim: int) -> str:
@@ -69,9 +71,9 @@ FLOAT64 = Precision("float64", "float64", "float64")
 BFLOAT16_WEIGHTS = Precision("bfloat16_weights", "float32", "float32", matrices="bfloat16")
 
 _BY_NAME = {p.name: p for p in (FLOAT32, TF32, BFLOAT16, FLOAT64, BFLOAT16_WEIGHTS)}
-TRAINING = tuple(p.name for p in _BY_NAME.values() if p.trains)  # the names of precisions for training
+TRAINING = tuple(p.name for p in _BY_NAME.values() if p.trains)  # the names of the precisions that support training
 
 
 def sum_dtype(dtype: numpy.dtype) -> numpy.dtype:
-    """The dtype of sums of such values, of gradients and of LayerNorm gains: float32, or `dtype` if it is wider."""
+    """The dtype of sums, parameter gradients and LayerNorm gains for activations of this dtype: float32 or wider."""
     return dtype if dtype.itemsize >= 4 else numpy.dtype(numpy.float32)

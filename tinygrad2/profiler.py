@@ -11,7 +11,7 @@ from tinygrad2.backend import Backend, Timestamp
 class Profiler:
     """A context manager that times every kernel call of a backend. Enter it once per step.
 
-    On a GPU, the times are measured by events in the device's stream; `table` waits for them.
+    On a GPU, times are measured by events in the device's stream; `table` waits for them.
     """
 
     def __init__(self, backend: Backend):
@@ -42,7 +42,7 @@ class Profiler:
         return call
 
     def totals(self) -> dict[str, tuple[int, float]]:
-        """The number of calls and total seconds of each kernel over all steps; those of the steps under ""."""
+        """The number of calls and the total seconds of each kernel over all steps; "" stands for the entire step."""
         found: dict[str, tuple[int, float]] = {}
         for name, start, stop in self._spans:
             calls, seconds = found.get(name, (0, 0.0))
@@ -50,7 +50,7 @@ class Profiler:
         return found
 
     def table(self) -> list[str]:
-        """One line per operation, slowest first: calls and milliseconds per step, and its share of the time."""
+        """One line per operation, slowest first: calls and milliseconds per step, and share of the time."""
         totals = self.totals()
         whole = totals.pop("", (0, 0.0))[1]
         seconds: dict[str, list[float]] = {}  # by operation: forward, backward, calls

@@ -16,7 +16,7 @@ from tinygrad2.arguments import axes_of
 from tinygrad2.autograd import Leaf
 from tinygrad2.backend import get_backend
 
-# np.add(a, b), if a or b is a Tensor: the method of a or, if that is not a Tensor, of b.
+# The methods for np.add(a, b): that of a if it is a Tensor, or else that of b.
 UFUNCS: dict[numpy.ufunc, tuple[str, str | None]] = {
     numpy.add: ("__add__", "__radd__"),
     numpy.subtract: ("__sub__", "__rsub__"),
@@ -54,7 +54,7 @@ _SAME_NAMES = """
 """
 UFUNCS |= {getattr(numpy, name): (name, None) for name in _SAME_NAMES.split()}
 
-# np.sum(x, axis) is x.sum(axis): functions whose other arguments are those of the method.
+# np.sum(x, axis) is x.sum(axis). These functions and methods have the same other arguments.
 METHODS = {
     numpy.sum: "sum",
     numpy.mean: "mean",
@@ -100,23 +100,24 @@ METHODS = {
     numpy.dot: "dot",
 }
 
-# Arguments whose names differ between NumPy's functions and our methods.
+# Arguments whose names differ between NumPy functions and Tensor methods.
 NUMPY_NAMES = {"a_min": "min", "a_max": "max", "k": "offset"}
 
 
 @functools.cache
 def _functions() -> dict[Any, Callable[..., Any]]:
-    """The table in numpy_functions.py, imported on first use: that file imports Tensor, which imports this file."""
+    """The table in numpy_functions.py. It is imported on first use, since that file imports Tensor, which imports this
+    file."""
     table: dict[Any, Callable[..., Any]] = importlib.import_module("tinygrad2.numpy_functions").FUNCTIONS
     return table
 
 
 def takes_tensors(function: Any) -> bool:
-    """Whether this function of NumPy takes Tensors."""
+    """Whether this NumPy function accepts Tensors."""
     return any(function in table for table in (UFUNCS, METHODS, ON_ARRAYS, _functions()))
 
 
-# Functions that only inspect values and shapes, so that no gradient is lost; they are called with the arrays.
+# Functions that only inspect values and shapes, so no gradient is lost. They are called with the arrays.
 ON_ARRAYS = {
     numpy.allclose,
     numpy.array_equal,
@@ -137,7 +138,7 @@ ON_ARRAYS = {
 }
 
 PYTORCH_NAMES = {"dim": "axis", "keepdim": "keepdims", "dim0": "axis1", "dim1": "axis2"}
-DIFFERS_FROM_PYTORCH = {  # methods with other results than PyTorch's, for which PyTorch's argument names are errors
+DIFFERS_FROM_PYTORCH = {  # methods whose results differ from PyTorch's; PyTorch's argument names raise these errors
     "max": "PyTorch returns values and indices; use max(axis=...) and argmax(axis=...)",
     "min": "PyTorch returns values and indices; use min(axis=...) and argmin(axis=...)",
     "var": "PyTorch divides by n - 1; use var(axis=..., correction=1), or correction=0",
@@ -146,7 +147,7 @@ DIFFERS_FROM_PYTORCH = {  # methods with other results than PyTorch's, for which
 
 
 class Count(int):
-    """The number of elements: an integer, as in NumPy. Called, as in PyTorch, it gives the shape, or a length of it."""
+    """The number of elements: an integer, as in NumPy. Calling it returns the shape, or one length, as in PyTorch."""
 
     shape: tuple[int, ...]
 
@@ -167,7 +168,7 @@ K = TypeVar("K", bound=type[Any])
 
 
 def pytorch_names(function: C) -> C:
-    """Make a function with arguments axis and keepdims also accept PyTorch's names for them, dim and keepdim."""
+    """Make a function with arguments axis and keepdims also accept PyTorch's names, dim and keepdim."""
     accepted = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -178,7 +179,7 @@ def pytorch_names(function: C) -> C:
             options = {PYTORCH_NAMES.get(name, name): value for name, value in options.items()}
             for name in options.keys() - accepted.keys():
                 expected = ", ".join(name for name in accepted if name != "self")
-                raise TypeError(f"{function.__name__}: there is no argument {name}; expected {expected}")
+                raise TypeError(f"{function.__name__}: unknown argument {name}; expected {expected}")
         return function(*args, **options)
 
     return cast(C, call)
@@ -207,8 +208,8 @@ class Protocols:
     def __repr__(self: Any) -> str:
         values = numpy.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=200, edgeitems=3)
         source = None if self._edge is None else self._edge[0]
-        made_by = None if source is None or isinstance(source, Leaf) else source.operation
-        last = f", made by {made_by}" if made_by else ", requires_grad=True" if self.requires_grad else ""
+        operation = None if source is None or isinstance(source, Leaf) else source.operation
+        last = f", operation={operation}" if operation else ", requires_grad=True" if self.requires_grad else ""
         return f"{type(self).__name__}({values}, shape={self.shape}, dtype={self.dtype}, device={self.device}{last})"
 
     def __format__(self: Any, spec: str) -> str:
@@ -270,7 +271,7 @@ class Protocols:
         return values.copy() if copy and values is self.data else values
 
     def __dlpack__(self: Any, **options: Any) -> Any:
-        """Export the values to torch.tensor(x), cupy.from_dlpack(x) and others, without a copy if possible."""
+        """Export the values to torch.from_dlpack(x), cupy.from_dlpack(x) and others, without a copy if possible."""
         return self.data.__dlpack__(**options)
 
     def __dlpack_device__(self: Any) -> tuple[int, int]:
@@ -321,7 +322,7 @@ def _as_numpy(value: Any) -> Any:
 
 
 def _rebuild(kind: type[Any], values: numpy.ndarray, device: str, requires_grad: bool, grad: Any) -> Any:
-    """Make the copy of a Tensor; see Protocols.__reduce__."""
+    """Recreate a pickled or copied Tensor; see Protocols.__reduce__."""
     data = get_backend(device).asarray(values)
     copy = kind(data, requires_grad=True) if requires_grad and not kind._is_parameter else kind(data)
     if grad is not None:

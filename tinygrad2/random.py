@@ -1,7 +1,7 @@
-"""Stateless random numbers: every draw is a pure function of (seed, step, site, element).
+"""Stateless random numbers: every number is a pure function of (seed, step, site, element).
 
-A counter-based generator has no state to save, restore or share. The numbers do not depend on earlier draws, so they
-are the same if a batch is split into micro-steps or over machines, if a run is resumed, and on another device.
+A counter-based generator has no state to save, restore or share. Numbers do not depend on earlier draws. They are
+therefore the same when a batch is split into micro-steps or across machines, when a run is resumed, and on any device.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox4x32-10, Random123).
 """
@@ -25,10 +25,10 @@ Word = Any  # 32-bit values, as np.uint64 scalars or uint64 arrays of any librar
 
 
 def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10: four 32-bit words of counter and two of key -> four 32-bit random words.
+    """Philox4x32-10: a counter of four 32-bit words and a key of two -> four random 32-bit words.
 
-    Every argument is a uint64 scalar or array of 32-bit values, so that 32 x 32-bit products fit. Arrays of any
-    library broadcast. Only arithmetic is used, so that NumPy, CuPy and Numba can run the same function.
+    Every argument is a uint64 scalar or array of 32-bit values, so that 32 x 32-bit products fit. Arrays of any library
+    can be used, and broadcast. The function uses only arithmetic, so that NumPy, CuPy and Numba can run it.
     """
     for _ in range(10):
         p0 = _M0 * c0
@@ -39,11 +39,11 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
     return c0, c1, c2, c3
 
 
-# Sites, which separate the streams of random numbers; dropout in a model has the sites 0, 1, 2, ...
+# Sites separate the streams of random numbers. Dropout in a model uses the sites 0, 1, 2, ...
 SAMPLING_SITE = 1 << 30  # sampling of the next token
-LAYER_SITES = 1 << 31  # the first site of layers without an initializer of their own
-DATA_SITE = 2**32 - 1  # the order of samples, with the epoch as the step
-INIT_STEP = 2**32 - 1  # the step for a model's initial values, which no training reaches
+LAYER_SITES = 1 << 31  # the first site for layers without their own initializer
+DATA_SITE = 2**32 - 1  # the order of samples; the step is the epoch
+INIT_STEP = 2**32 - 1  # the step for a model's initial values, which training never reaches
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Key:
 
     seed          64 bits, chosen by the user.
     step          the training step (or the epoch, for the data order).
-    first_sample  the position of the first sample in the *global* batch; it shifts the element index, so that a part
-                  of a batch gets the same numbers as in the whole batch.
-    site          the operation of the model that draws (see `at`).
+    first_sample  the position of the first sample in the *global* batch. It shifts the element index, so that part of
+                  a batch gets the same numbers as in the full batch.
+    site          the operation of the model that uses the stream (see `at`).
 
-    The counter is (element / 4 low, element / 4 high, site, step), the key is the seed; element e takes word e % 4.
+    The Philox counter is (element / 4 low, element / 4 high, site, step), and its key is the seed. Element e uses word
+    e % 4.
     """
 
     seed: int
@@ -84,7 +85,7 @@ def check_key(op: str, key: object) -> None:
 
 
 def draw(key: Key, group: Word) -> tuple[Array, Array, Array, Array]:
-    """The words of elements 4 * group ... 4 * group + 3; `group` is a uint64 array of any library and shape."""
+    """The words of elements 4 * group ... 4 * group + 3. `group` is a uint64 array of any library and shape."""
     seed, site, step = np.uint64(key.seed), np.uint64(key.site), np.uint64(key.step)
     return philox4x32(group & _WORD, group >> _SHIFT, site, step, seed & _WORD, seed >> _SHIFT)
 
@@ -107,21 +108,21 @@ def uniform(key: Key, count: int) -> np.ndarray:
 
 
 def permutation(key: Key, n: int) -> np.ndarray:
-    """A uniformly random permutation of 0 ... n-1 (int64, on the host), which sorts n random 64-bit integers."""
+    """A uniformly random permutation of 0 ... n-1 (int64, on the host), obtained by sorting random 64-bit integers."""
     return np.argsort(bits64(key, n), kind="stable")
 
 
 def normal(key: Key, shape: tuple[int, ...], std: float = 1.0) -> np.ndarray:
-    """Normal(0, std) values of `shape`, float64 on the host, by the Box-Muller transform (1958).
+    """Normal(0, std) values of shape `shape` (float64, on the host), by the Box-Muller transform (1958).
 
-    Two uniforms u, v give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v); four words give two pairs.
+    Two uniform values u, v give sqrt(-2 ln u) cos(2 pi v) and sqrt(-2 ln u) sin(2 pi v). Four words give two pairs.
     """
     count = int(np.prod(shape, dtype=np.int64))
     out = np.empty((-(-count // 4), 4))
-    chunk = 1 << 14  # groups at a time, so that temporary arrays stay in the cache
+    chunk = 1 << 14  # groups processed at a time, so that temporary arrays stay in cache
     for first in range(0, len(out), chunk):
         rows = out[first : first + chunk]
-        u = (_words(key, first, len(rows)) + 0.5) * 2.0**-32  # (0, 1): the logarithm is finite
+        u = (_words(key, first, len(rows)) + 0.5) * 2.0**-32  # in (0, 1), so that the logarithm is finite
         radius = std * np.sqrt(-2.0 * np.log(u[:, :2]))
         angle = 2.0 * np.pi * u[:, 2:]
         rows[:, :2] = radius * np.cos(angle)

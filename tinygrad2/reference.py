@@ -1,21 +1,21 @@
 """The math: the forward and the backward pass of every operation, on plain arrays.
 
-Read this file to learn how training works: each forward pass is followed by its backward pass, in the order in which
-GPT-2 needs them, with its formula and the derivation of its gradient. Faster kernels are tested against these
-functions, which are also the fallback where no faster kernel exists.
+Read this file to learn how training works. Operations are in the order in which GPT-2 needs them. Each forward pass is
+followed by its backward pass, with its formula and the derivation of its gradient. Faster kernels are tested against
+these functions, which are also the fallback where no faster kernel exists.
 
 Conventions
-    L               the loss, a scalar; dx is dL/dx, with the shape of x, and dy = dL/dy is given.
+    L               the loss, a scalar. dx means dL/dx and has the shape of x; dy = dL/dy is given.
     B T C V H D     batch, time, channels, vocabulary, heads, head size (C = H * D); N = B * T rows.
     dweight, dbias  are *added to* (a parameter may be used more than once); None means not needed.
-    dx              is *returned*, as a new array. Inputs are never changed, except where a docstring says so.
-    dtype           results have the dtype of the inputs (float32 to train, float64 to check); indices are integers.
+    dx              is *returned*, as a new array. Inputs are never modified, unless a docstring says so.
+    dtype           results have the dtype of the inputs (float32 in training, float64 in tests); indices are integers.
 
 How a gradient is derived
     By the chain rule, dx_j = sum_i dy_i (dy_i / dx_j), where the fraction is the derivative of y_i with respect to x_j.
-    So each derivation says which results y_i change with x_j, and by how much. delta_ij is 1 where i = j, else 0.
+    So each derivation states which results y_i depend on x_j, and how. delta_ij is 1 if i = j, and otherwise 0.
 
-Only functions that CuPy also has are used from the array library, and every constructor is passed a dtype.
+Only array functions that CuPy also provides are used, and every constructor is passed a dtype.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 # Elementwise and shape operations ------------------------------------------------------------------------------------
 
-MAX_RUN = 1024  # terms that are added sequentially
+MAX_RUN = 1024  # maximum number of terms that are added sequentially
 
 
 def row_sum(x: Array) -> Array:
-    """The sum over the first axis, as sums of at most MAX_RUN terms.
+    """The sum over the first axis, computed from sums of at most MAX_RUN terms.
 
-    np.sum(x, axis=0) adds row by row: in float32 a sum of ones stops at 2^24, since 2^24 + 1 is rounded to 2^24.
+    np.sum(x, axis=0) adds row by row. In float32, a sum of ones stops at 2^24, since 2^24 + 1 is rounded to 2^24.
     """
     if len(x) <= MAX_RUN:
         return np.sum(x, axis=0)
@@ -53,7 +53,7 @@ def row_sum(x: Array) -> Array:
 
 
 def _sum(x: Array, axis: tuple[int, ...], keepdims: bool = False) -> Array:
-    """np.sum, but row_sum where NumPy does not sum pairwise. It does over the last axes of a contiguous array."""
+    """np.sum, or row_sum where NumPy does not sum pairwise (it does only over the last axes of contiguous arrays)."""
     if math.prod(x.shape[i] for i in axis) <= MAX_RUN or (x.flags.c_contiguous and min(axis) == x.ndim - len(axis)):
         return np.sum(x, axis=axis, keepdims=keepdims)
     total = x
@@ -63,9 +63,9 @@ def _sum(x: Array, axis: tuple[int, ...], keepdims: bool = False) -> Array:
 
 
 def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
-    """The gradient of broadcasting an array of `shape` to dy's shape: dy summed over every axis that was repeated.
+    """The gradient of broadcasting an array of `shape` to dy's shape: dy summed over every repeated axis.
 
-    One element x_j became several y_i, each with derivative 1, so dx_j is the sum of their dy_i.
+    An element x_j was copied to several y_i, each with derivative 1, so dx_j is the sum of their dy_i.
     """
     if dy.shape == tuple(shape):
         return dy
@@ -112,7 +112,7 @@ def divide_forward(a: Array, b: Array) -> Array:
 def divide_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """The derivatives of a / b are 1 / b for a, and -a / b^2 for b (the power rule for b^-1). So
 
-    da = dy / b,    db = -dy (a / b) / b. Two divisions, since b^2 could underflow or overflow.
+    da = dy / b,    db = -dy (a / b) / b. (There are two divisions, since b^2 could underflow or overflow.)
     """
     return unbroadcast(dy / b, a.shape), unbroadcast(-dy * (a / b / b), b.shape)
 
@@ -123,8 +123,8 @@ def power_forward(x: Array, exponent: float) -> Array:
 
 
 def power_backward(dy: Array, x: Array, exponent: float) -> Array:
-    """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant: dx = 0, at x = 0 too, where the
-    formula gives 0 times infinity. For 0.5, y is the square root: at x = -inf, dx is NaN, as y is.
+    """The power rule: dx = dy exponent x^(exponent - 1). For exponent 0, y is constant, so dx = 0, even at x = 0, where
+    the formula gives 0 times infinity. For exponent 0.5, y is the square root; at x = -inf, dx is NaN, like y.
     """
     if exponent == 0.5:
         return dy * (0.5 / np.sqrt(x))
@@ -167,7 +167,7 @@ def sum_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 
 
 def sum_backward(dy: Array, shape: tuple[int, ...], axis: tuple[int, ...]) -> Array:
-    """Each x_j is in one sum, with derivative 1: dx = dy repeated along `axis`. Returns a read-only view."""
+    """Each x_j is a term of one sum, with derivative 1: dx = dy repeated along `axis`. Returns a read-only view."""
     kept = tuple(1 if i in axis else n for i, n in enumerate(shape))
     return np.broadcast_to(dy.reshape(kept), shape)
 
@@ -180,7 +180,7 @@ def max_forward(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 def max_backward(dy: Array, x: Array, y: Array, axis: tuple[int, ...]) -> Array:
     """y depends only on the largest element: dx = dy there and 0 elsewhere.
 
-    If n elements are equally large, there is no derivative; each gets dy / n (as in PyTorch's amax).
+    If n elements tie for the maximum, there is no derivative; each gets dy / n (as in PyTorch's amax).
     """
     kept = tuple(1 if i in axis else n for i, n in enumerate(x.shape))
     largest = x == y.reshape(kept)
@@ -196,7 +196,7 @@ def getitem_forward(x: Array, index: Index) -> Array:
 def getitem_backward(dy: Array, index: Index, dx: Array) -> None:
     """Each y_i is a copy of one x_j, so dx_j is the sum of dy_i over its copies: dx[index] += dy.
 
-    If an element was taken several times, dx[index] += dy would add only one of them; np.add.at adds all.
+    If the index selects an element several times, dx[index] += dy would add only one of the dy_i; np.add.at adds all.
     """
     plain = index if isinstance(index, tuple) else (index,)
     if all(isinstance(i, int | slice) or i is None or i is Ellipsis for i in plain):
@@ -216,7 +216,7 @@ def matmul_forward(a: Array, b: Array) -> Array:
 
 
 def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
-    """In y_ij = sum_k a_ik b_kj, a_ik affects row i of y (dy_ij / da_ik = b_kj), and b_kj column j (by a_ik):
+    """y_ij = sum_k a_ik b_kj: a_ik affects row i of y (dy_ij / da_ik = b_kj), b_kj column j (dy_ij / db_kj = a_ik). So
 
     da_ik = sum_j dy_ij b_kj = (dy b^T)_ik,    db_kj = sum_i a_ik dy_ij = (a^T dy)_kj.
     """
@@ -228,10 +228,10 @@ def matmul_backward(dy: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def linear_forward(x: Array, weight: Array, bias: Array | None) -> Array:
     """y = x W + b: x (..., C_in), W (C_in, C_out) as in OpenAI's files, b (C_out,) or None -> (..., C_out).
 
-    W may be bfloat16, for generation: it is converted to x's dtype. (A kernel may round x to bfloat16 instead.)
+    W may be bfloat16, for generation. It is converted to x's dtype. (A kernel may round x to bfloat16 instead.)
     """
     weight = weight.astype(x.dtype, copy=False)
-    y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one product of 2-D matrices, whatever the shape of x
+    y = np.matmul(x.reshape(-1, x.shape[-1]), weight)  # one 2-D product, regardless of the shape of x
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], weight.shape[1])
@@ -256,7 +256,7 @@ def linear_backward(dy: Array, x: Array, weight: Array, dweight: Array | None, d
 def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
     """y[b, t] = wte[tokens[b, t]] + wpe[first_position + t]: tokens (..., T), wte (V, C), wpe (P, C) or None.
 
-    bfloat16 tables give a float32 result.
+    The result of bfloat16 tables is float32.
     """
     y = wte[tokens]
     y = y.astype(np.float32) if y.dtype.itemsize == 2 else y
@@ -268,13 +268,13 @@ def embedding_forward(tokens: Array, wte: Array, wpe: Array | None, first_positi
 def embedding_backward(
     dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
 ) -> None:
-    """Row v of wte is added to every y[b, t] with tokens[b, t] = v, and row p of wpe to y[b, p - first_position] for
+    """Row v of wte is a term of every y[b, t] with tokens[b, t] = v, and row p of wpe of y[b, p - first_position] for
     every b. Both derivatives are 1:
 
-    dwte[v] += the sum of dy[b, t] with tokens[b, t] = v,    dwpe[first_position + t] += the sum of dy[b, t] over b.
+    dwte[v] += sum of dy[b, t] over b, t with tokens[b, t] = v,    dwpe[first_position + t] += sum of dy[b, t] over b.
 
-    tokens  a NumPy array, even if dy is not: equal tokens are found on the host, without waiting for the device.
-            (np.add.at(dwte, tokens, dy) computes the same sum, but on a GPU its order varies between runs.)
+    tokens  a NumPy array, even if dy is not: equal tokens are grouped on the host, without waiting for the device.
+            (np.add.at(dwte, tokens, dy) computes the same sums, but on a GPU their order varies between runs.)
     """
     if dwte is not None:
         rows, flat = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
@@ -290,7 +290,7 @@ def embedding_backward(
 
 
 def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: numpy.typing.DTypeLike) -> Array:
-    """The factor of elements first ... first + count - 1: 0 with probability `rate`, else 1 / (1 - rate).
+    """The factors of elements first ... first + count - 1: 0 with probability `rate`, otherwise 1 / (1 - rate).
 
     first   the 64-bit index of an element in the global batch: an int, or a uint64 array of any shape S.
     Returns an array of shape S + (count,). Element e is kept if its 32 random bits are at least rate * 2^32.
@@ -304,10 +304,10 @@ def dropout_scale(key: Key, first: int | Array, count: int, rate: float, dtype: 
 
 
 def dropout_forward(x: Array, rate: float, key: Key) -> Array:
-    """y = x m / (1 - rate), m ~ Bernoulli(1 - rate), a function of `key` and the element's index (no mask is stored).
+    """y = x m / (1 - rate), where m ~ Bernoulli(1 - rate) depends on `key` and the element's index; no mask is stored.
 
-    The first axis of x counts samples; key.first_sample is the position of the first one in the global batch.
-    Source: Srivastava et al., JMLR 15 (2014), as inverted dropout.
+    The first axis of x is the sample axis; key.first_sample is the position of the first sample in the global batch.
+    Source: Srivastava et al., JMLR 15 (2014), in its inverted form.
     """
     return x * dropout_scale(key, key.first_sample * (x.size // x.shape[0]), x.size, rate, x.dtype).reshape(x.shape)
 
@@ -324,7 +324,7 @@ def dropout_backward(dy: Array, rate: float, key: Key) -> Array:
 
 
 def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
-    """y = w (x - mean) rstd + b over the last axis, with rstd = 1 / sqrt(var + eps) and the biased variance var.
+    """y = w (x - mean) rstd + b over the last axis, with rstd = 1 / sqrt(var + eps), where var is the biased variance.
 
     x (..., C), w and b (C,) -> y (..., C), mean (..., 1), rstd (..., 1).   Source: arXiv:1607.06450, eq. 4.
     """
@@ -335,8 +335,8 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
 
 
 def inverse_rms(x: Array, eps: float) -> Array:
-    """1 / sqrt(mean(x^2) + eps) over the last axis, which is kept. Each row is scaled by a power of two, an exact
-    operation, so that squares do not overflow or underflow."""
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which is kept. Each row is first scaled by a power of two, which is
+    exact, so that squares do not overflow or underflow."""
     largest = np.max(np.abs(x), axis=-1, keepdims=True)
     exponent = np.frexp(np.maximum(largest, math.sqrt(eps) or 2.0**-120))[1]
     scale = np.ldexp(np.ones(largest.shape, dtype=x.dtype), -exponent)  # about 1 / largest
@@ -347,12 +347,12 @@ def inverse_rms(x: Array, eps: float) -> Array:
 def layernorm_backward(
     dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
 ) -> Array:
-    """With xhat = (x - mean) rstd, y = w xhat + b; g = dy w is the gradient of xhat. x_j affects every xhat_i of
-    its row: directly, through mean (by 1 / C) and through rstd (by -rstd^2 xhat_j / C):
+    """With xhat = (x - mean) rstd, y = w xhat + b, and g = dy w is the gradient of xhat. x_j affects every xhat_i in
+    its row: directly, through mean (by 1 / C), and through rstd (by -rstd^2 xhat_j / C):
 
     dxhat_i / dx_j = rstd (delta_ij - 1 / C - xhat_i xhat_j / C), so
     dx_j = sum_i g_i (dxhat_i / dx_j) = rstd (g_j - mean(g) - xhat_j mean(g xhat));
-    dw += the sum of dy xhat over the rows,    db += the sum of dy over the rows.
+    dw += sum of dy xhat over the rows,    db += sum of dy over the rows.
 
     xhat is not saved; it is recomputed from x and the two statistics of each row.
     """
@@ -369,7 +369,7 @@ def layernorm_backward(
 def add_layernorm_forward(
     x: Array, delta: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Array, Array, Array]:
-    """s = x + delta;  y = LayerNorm(s): a residual connection and the normalization after it, in one pass.
+    """s = x + delta;  y = LayerNorm(s): a residual connection and the following normalization, in one pass.
 
     Returns s, y, mean, rstd.
     """
@@ -380,7 +380,7 @@ def add_layernorm_forward(
 def add_layernorm_backward(
     ds: Array, dy: Array, s: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
 ) -> Array:
-    """s is used twice: as a result, whose gradient is ds, and by the LayerNorm, which adds its own gradient.
+    """s is used twice: it is a result, with gradient ds, and the input of the LayerNorm, which adds its own gradient.
 
     x and delta affect s equally: dx = ddelta = ds + LayerNorm's dx. Returns one array for both.
     """
@@ -389,11 +389,11 @@ def add_layernorm_backward(
 
 # Causal softmax attention --------------------------------------------------------------------------------------------
 
-QUERY_ROWS = 128  # rows of the score matrix at a time: memory is linear in T, and blocks above the diagonal are skipped
+QUERY_ROWS = 128  # rows of scores per block, so that memory is linear in T and blocks above the diagonal are skipped
 
 
 def query_blocks(T: int) -> list[tuple[slice, slice]]:
-    """(rows, cols) for each block of queries: cols are the keys up to the last row, all that those rows can see."""
+    """(rows, cols) for each block of queries. cols are the keys up to its last row; the rows attend to no others."""
     return [(slice(i, min(i + QUERY_ROWS, T)), slice(0, min(i + QUERY_ROWS, T))) for i in range(0, T, QUERY_ROWS)]
 
 
@@ -405,14 +405,14 @@ def split_heads(packed: _A, parts: int, n_head: int) -> list[_A]:
 
 
 def _scores(q: Array, k: Array, rows: slice, cols: slice) -> Array:
-    """q k^T / sqrt(D) for a block of queries, -inf where the key comes after the query."""
+    """q k^T / sqrt(D) for a block of queries, with -inf where the key comes after the query."""
     T = np.arange(cols.stop, dtype=np.int64)
     scores = np.matmul(q[:, :, rows], k[:, :, cols].swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
     return np.where(T[None, cols] <= T[rows, None], scores, -np.inf)
 
 
 def _attention_dropout(qkv: Array, n_head: int, rows: slice, cols: slice, rate: float, key: Key) -> Array:
-    """Dropout factors for a block; its elements have index ((sample * H + h) * T + row) * T + col."""
+    """The dropout factors of a block, whose elements have the index ((sample * H + h) * T + row) * T + col."""
     B, T, _ = qkv.shape
     head = np.arange(B * n_head, dtype=np.uint64).reshape(B, n_head, 1) + np.uint64(key.first_sample * n_head)
     row = np.arange(rows.start, rows.stop, dtype=np.uint64)
@@ -420,11 +420,11 @@ def _attention_dropout(qkv: Array, n_head: int, rows: slice, cols: slice, rate: 
 
 
 def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> tuple[Array, Array]:
-    """softmax(q k^T / sqrt(D), causal) v for each head; with a key, dropout at `rate` on the attention weights.
+    """softmax(q k^T / sqrt(D), causal) v for each head. With a key, dropout at `rate` is applied to the weights.
 
-    qkv (B, T, 3 C): queries, keys and values, each with its heads concatenated; key None means no dropout.
-    Returns out (B, T, C) and lse (B, H, T), the log of the sum of exponentials of each row of scores: all that a
-    tiled backward pass needs to recompute the weights, so that no T x T array is stored.
+    qkv (B, T, 3 C): queries, keys and values, each with its heads concatenated. Without a key, there is no dropout.
+    Returns out (B, T, C) and lse (B, H, T), the logarithm of the sum of exponentials of each row of scores. A tiled
+    backward pass can recompute the weights from lse, so no T x T array is stored.
     Source: arXiv:1706.03762, eq. 1; arXiv:2205.14135 for the memory.
     """
     B, T, width = qkv.shape
@@ -448,15 +448,15 @@ def attention_forward(qkv: Array, n_head: int, rate: float, key: Key | None) -> 
 def attention_backward(
     dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
 ) -> Array:
-    """For one head, S = Q K^T / sqrt(D), P = softmax(S) = exp(S - lse) by rows, M the dropout factors, O = (P M) V.
-    O and S are matrix products, and P M is elementwise, so their gradients are those of matmul and multiply:
+    """For one head, S = Q K^T / sqrt(D), P = softmax(S) = exp(S - lse) by rows, M are the dropout factors, O = (P M) V.
+    O and S are matrix products, and P M is an elementwise product, so their gradients are those of matmul and multiply:
 
     dV = (P M)^T dO,    dP = (dO V^T) M,    dQ = dS K / sqrt(D),    dK = dS^T Q / sqrt(D);
     By softmax, dS_ij = P_ij (dP_ij - delta_i), delta_i = sum_j dP_ij P_ij, which needs no second pass over j:
     sum_j (dO V^T)_ij M_ij P_ij = sum_d dO_id sum_j P_ij M_ij V_jd, so delta_i = sum_d dO_id O_id.
 
-    Here P is computed as in the forward pass. lse is for kernels that process part of a row at a time: exp(S - lse)
-    has the rounding error of lse, 5e-4 at scores of 10^4 in float32. Returns dqkv.   Source: arXiv:2205.14135, app. B.
+    P is recomputed as in the forward pass. lse is for kernels that process part of a row at a time; exp(S - lse) has
+    the rounding error of lse, 5e-4 for scores of 10^4 in float32. Returns dqkv.   Source: arXiv:2205.14135, app. B.
     """
     T = qkv.shape[1]
     q, k, v = split_heads(qkv, 3, n_head)
@@ -483,10 +483,10 @@ def attention_backward(
 
 
 def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-    """Attention of new tokens to themselves and to all earlier ones, for generation. It has no backward pass.
+    """Causal attention of new tokens to themselves and to all earlier tokens, for generation; without a backward pass.
 
-    qkv (B, T, 3 C) of the tokens at positions length ... length + T - 1; cache (2, B, H, capacity, D) contains the keys
-    and values of earlier positions, and those of the new tokens are written to it. Returns out (B, T, C).
+    qkv (B, T, 3 C): the new tokens, at positions length ... length + T - 1. cache (2, B, H, capacity, D): the keys and
+    values of earlier positions; those of the new tokens are written to it. Returns out (B, T, C).
     """
     B, T, width = qkv.shape
     q, k, v = split_heads(qkv, 3, n_head)
@@ -509,7 +509,7 @@ def attention_cached(qkv: Array, cache: Array, length: int, n_head: int) -> Arra
 
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
-_GELU_LIMIT = 100.0  # beyond this GELU is u or 0, and its slope 1 or 0; the powers of a larger u could overflow
+_GELU_LIMIT = 100.0  # beyond this, GELU is u or 0, and its derivative 1 or 0; the powers of a larger u could overflow
 
 
 def gelu_forward(x: Array, bias: Array | None) -> Array:
@@ -528,7 +528,7 @@ def gelu_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) 
 
     dy/du = (1 + t) / 2 + u (1 - t^2) a (1 + 3 c u^2) / 2,    dx = dy (dy/du).
 
-    u = x + bias for every row, so dbias += the sum of dx over the rows.
+    u = x + bias in every row, so dbias += sum of dx over the rows.
     """
     u = np.clip(x if bias is None else x + bias, -_GELU_LIMIT, _GELU_LIMIT)
     square = u * u
@@ -547,10 +547,10 @@ def gelu_exact_forward(x: Array, bias: Array | None) -> Array:
 
 
 def gelu_exact_backward(dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
-    """Phi is the distribution function of the standard normal distribution, whose derivative is the density
+    """The derivative of Phi, the cumulative distribution function of the standard normal distribution, is its density
     phi(u) = exp(-u^2 / 2) / sqrt(2 pi). By the product rule, with y = u Phi(u),
 
-    dy/du = Phi(u) + u phi(u),    dx = dy (dy/du),    dbias += the sum of dx over the rows.
+    dy/du = Phi(u) + u phi(u),    dx = dy (dy/du),    dbias += sum of dx over the rows.
     """
     u = np.clip(x if bias is None else x + bias, -_GELU_LIMIT, _GELU_LIMIT)
     density = np.exp(-0.5 * u * u) * (1 / math.sqrt(2 * math.pi))
@@ -581,7 +581,7 @@ _ERF_LARGE = (
 
 
 def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Array) -> Array:
-    """P(x) / Q(x), both by Horner's rule, the highest power first."""
+    """P(x) / Q(x), both by Horner's rule. The coefficient of the highest power comes first."""
     p, q = (np.full(x.shape, c[0], dtype=x.dtype) for c in coefficients)
     for a, b in zip(coefficients[0][1:], coefficients[1][1:], strict=True):
         p = p * x + a
@@ -592,7 +592,7 @@ def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Array) 
 def erf(x: Array) -> Array:
     """2 / sqrt(pi) times the integral of exp(-t^2) from 0 to x, to the precision of x's dtype (Cody 1969).
 
-    |x| has three ranges: up to 0.46875, where erf itself is computed, then up to 4, and above 4, as 1 - erfc.
+    There are three ranges of |x|: up to 0.46875, erf is approximated directly; up to 4 and above 4, as 1 - erfc.
     """
     a = np.minimum(np.abs(x), 30.0)  # erf(6) is 1 in float64; a larger square could overflow
     small = x * _ratio(_ERF_SMALL, np.minimum(a, 0.46875) ** 2)
@@ -609,7 +609,7 @@ def erf(x: Array) -> Array:
 
 
 def softmax_forward(x: Array) -> Array:
-    """y_i = exp(x_i) / sum_j exp(x_j) over the last axis; the largest x_j is subtracted first, which cancels.
+    """y_i = exp(x_i) / sum_j exp(x_j) over the last axis. The largest x_j is subtracted first; it cancels.
 
     -inf gives 0. A row that contains inf or NaN, or only -inf, gives NaN, as in PyTorch.
     """
@@ -628,10 +628,10 @@ def softmax_backward(dy: Array, y: Array) -> Array:
 
 
 def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """loss = the mean over the rows of log sum_j exp(z_j) - z[target]: logits z (..., V), targets (...) integers.
+    """loss = mean over the rows of log sum_j exp(z_j) - z[target], for logits z (..., V) and integer targets (...).
 
-    Returns the loss (0-d, in nats) and log_total (..., 1), each row's log sum_j exp(z_j - largest): relative to the
-    largest logit, so that an offset common to all logits costs no precision.
+    Returns the loss (0-d, in nats) and log_total (..., 1), log sum_j exp(z_j - largest) of each row. It is relative to
+    the largest logit, so that an offset common to all logits costs no precision.
     """
     shifted = logits - np.max(logits, axis=-1, keepdims=True)
     log_total = np.log(_sum(np.exp(shifted), (shifted.ndim - 1,), keepdims=True))
@@ -640,8 +640,8 @@ def cross_entropy_forward(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, log_total: Array) -> Array:
-    """The derivative of log sum_i exp(z_i) for z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of -z[target]
-    is -1 at the target. Each row has weight 1 / rows in the mean:
+    """The derivative of log sum_i exp(z_i) with respect to z_j is exp(z_j) / sum_i exp(z_i) = softmax(z)_j, and that of
+    -z[target] is -1 at the target. Each row has weight 1 / rows in the mean:
 
     dlogits = dloss (softmax(logits) - onehot(target)) / rows,    softmax(z) = exp((z - largest) - log_total).
     """
@@ -652,11 +652,11 @@ def cross_entropy_backward(dloss: Array, logits: Array, targets: Array, log_tota
 
 
 def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
-    """The loss of softmax(x W^T) against targets, fused: x (..., C), W (V, C), targets (...) integers.
+    """The cross-entropy of the logits x W^T and targets, fused: x (..., C), W (V, C), targets (...) integers.
 
-    The logits fill one (N, V) buffer, which is turned into their gradient (for dloss = 1; see cross_entropy_backward)
-    in place: there is only one array of this size, the largest of the step. Returns the loss (0-d, mean over the rows,
-    in nats) and dlogits (N, V). W may be bfloat16, for evaluation.
+    The (N, V) logits are replaced in place by their gradient (for dloss = 1; see cross_entropy_backward), so there is
+    only one array of this size, the largest of the step. Returns the loss (0-d, the mean over the rows, in nats) and
+    dlogits (N, V). W may be bfloat16, for evaluation.
     """
     logits = np.matmul(x.reshape(-1, x.shape[-1]), weight.astype(x.dtype, copy=False).T)
     row, target = np.arange(len(logits), dtype=np.int64), targets.reshape(-1)
@@ -671,8 +671,8 @@ def lm_head_forward(x: Array, weight: Array, targets: Array) -> tuple[Array, Arr
 
 
 def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dweight: Array | None) -> Array:
-    """logits = x W^T, so by the rule for matmul dx = (dloss dlogits) W and dW += (dloss dlogits)^T x, where dlogits is
-    the gradient for dloss = 1. The scalar dloss may multiply any factor of a product. Here it multiplies arrays that
+    """logits = x W^T, so by the rule for matmul, dx = (dloss dlogits) W and dW += (dloss dlogits)^T x, where dlogits is
+    the gradient for dloss = 1. The scalar dloss can multiply any factor of a product. Here it multiplies arrays that
     are smaller than the (N, V) buffer:
 
     dx = dloss (dlogits W),    dW += dlogits^T (dloss x).
@@ -688,13 +688,13 @@ def lm_head_backward(dloss: Array, dlogits: Array, x: Array, weight: Array, dwei
 
 
 def squared_norm(x: Array) -> Array:
-    """(3,): the sums of x_i^2, (x_i / 2^64)^2 and (2^64 x_i)^2 over a flat array. `norm` uses the one that neither
-    overflows nor underflows; the sums of several arrays can be added.   Source: Blue, ACM TOMS 4 (1978)."""
+    """The sums of x_i^2, (x_i / 2^64)^2 and (2^64 x_i)^2 over a flat array, as an array (3,). `norm` uses one that has
+    not overflowed or underflowed. Sums of several arrays can be added.   Source: Blue, ACM TOMS 4 (1978)."""
     return np.stack([np.dot(scaled, scaled) for scaled in (x, x * 2.0**-64, np.clip(x, -1, 1) * 2.0**64)])
 
 
 def norm(squares: Array) -> Array:
-    """The Euclidean norm, 0-d, from the sums of squared_norm."""
+    """The Euclidean norm (0-d) from the sums returned by squared_norm."""
     root = np.sqrt(squares)
     small = np.where(squares[0] < 2.0**-64, root[2] * 2.0**-64, root[0])
     return np.where(squares[0] == np.inf, root[1] * 2.0**64, small)
@@ -704,7 +704,7 @@ def adamw_step(
     value: Array, grad: Array, m: Array, v: Array, scale: Array, lr: Array,
     beta1: float, beta2: float, eps: float, weight_decay: float, step: Array,
 ) -> None:  # fmt: skip
-    """One step of AdamW on flat arrays; value, m and v are changed in place.
+    """One step of AdamW on flat arrays. value, m and v are updated in place.
 
     g = scale grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  m^ = m / (1 - b1^step);  v^ = v / (1 - b2^step)
     value = value - lr (m^ / (sqrt(v^) + eps) + weight_decay value);  step counts from 1.
@@ -723,11 +723,11 @@ def sgd_step(
     value: Array, grad: Array, buffer: Array | None, scale: Array, lr: Array,
     momentum: float, nesterov: bool, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One step of stochastic gradient descent on flat arrays; value and buffer are changed in place.
+    """One step of stochastic gradient descent on flat arrays. value and buffer are updated in place.
 
     g = scale grad + weight_decay value;  buffer = momentum buffer + g
-    value = value - lr buffer, or value - lr (g + momentum buffer) with nesterov; value - lr g if buffer is None.
-    scale and lr as for adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
+    value = value - lr buffer, or value - lr (g + momentum buffer) if nesterov, or value - lr g if buffer is None.
+    scale and lr are as in adamw_step. Source: Sutskever et al. 2013, in PyTorch's form.
     """
     g = scale * grad + weight_decay * value
     new_buffer = g if buffer is None else momentum * buffer + g
@@ -736,10 +736,10 @@ def sgd_step(
 
 
 def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> Array:
-    """The direction that Muon orthogonalizes, for flat arrays; buffer is changed in place.
+    """The direction that Muon orthogonalizes, for flat arrays. buffer is updated in place.
 
     g = scale grad;  buffer = momentum buffer + (1 - momentum) g;  direction = momentum buffer + (1 - momentum) g
-    direction uses the new buffer (Nesterov). scale as for adamw_step. Source: as for orthogonalize.
+    direction uses the new buffer (Nesterov). scale is as in adamw_step; the source is that of orthogonalize.
     """
     g = (1 - momentum) * scale * grad
     _assign(scale, (buffer, momentum * buffer + g))
@@ -749,7 +749,7 @@ def muon_momentum(grad: Array, buffer: Array, scale: Array, momentum: float) -> 
 def orthogonalize(*matrices: Array) -> None:
     """Replace each matrix X = U S V^T (its singular value decomposition) by an approximation of U V^T, in place.
 
-    X = X / ||X||, so that no singular value is above 1. Then five times (Newton-Schulz), with A = X X^T:
+    X is divided by ||X||, so that no singular value exceeds 1. Then five Newton-Schulz iterations, with A = X X^T:
     X <- a X + (b A + c A^2) X = U (a S + b S^3 + c S^5) V^T. The singular vectors are unchanged; a, b and c bring all
     but tiny singular values into [0.7, 1.2]. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -766,18 +766,18 @@ def orthogonalize(*matrices: Array) -> None:
 def muon_step(value: Array, direction: Array, scale: Array, lr: Array, weight_decay: float) -> None:
     """value = value - lr (0.2 sqrt(max(rows, columns)) direction + weight_decay value) for a matrix, in place.
 
-    The factor gives updates the same root mean square as AdamW, 0.2 (arXiv:2502.16982, eq. 4). scale as for adamw_step.
+    The factor gives the update a root mean square of 0.2, as in AdamW (arXiv:2502.16982, eq. 4). scale: see adamw_step.
     """
     _assign(scale, (value, value - lr * (0.2 * math.sqrt(max(value.shape)) * direction + weight_decay * value)))
 
 
 def _bias_correction(beta: float, step: Array) -> Array:
-    """1 - beta^step, as -expm1(step log(beta)): in float32 the subtraction would lose precision."""
+    """1 - beta^step, computed as -expm1(step log(beta)), since in float32 the subtraction would lose precision."""
     return -np.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
 def _assign(scale: Array, *pairs: tuple[Array, Array]) -> None:
-    """Copy each new array to the old one, unless scale is NaN. In this way the optimizer skips a step whose gradients
+    """Copy each new array to the old one, unless scale is NaN. This is how the optimizer skips a step whose gradients
     are not finite, without waiting for the device."""
     for old, new in pairs:
         old[...] = np.where(np.isnan(scale), old, new)

@@ -1,4 +1,4 @@
-"""A module's parameters by name: finding them in its attributes, printing, saving and loading."""
+"""The parameters of a module by name: finding, printing, saving and loading them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygrad2.params import Parameter
 
 
 class State:
-    """The base class of nn.Module: what needs only the names of its parameters, and what a module does not have."""
+    """The base class of nn.Module: everything that needs only the names of the parameters."""
 
     if TYPE_CHECKING:
 
@@ -28,19 +28,19 @@ class State:
             raise missing_names.missing(type(self).__name__, name, missing_names.MODULE)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The computation, which a module defines. Raises NotImplementedError for one that does not."""
+        """The computation of the module, which subclasses define. By default, raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} has no __call__; define the computation in __call__(self, x)")
 
     def state_dict(self) -> dict[str, numpy.ndarray]:
-        """A copy of every parameter's values on the host, by name."""
+        """A copy of the values of all parameters, on the host, by name."""
         return {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Self:
-        """Set every parameter to the array (or Tensor) with its name; returns the module.
+        """Copy into each parameter the array (or Tensor) with its name. Returns the module.
 
-        strict  the state must have every parameter and nothing else; if False, other names are ignored.
-        Raises ValueError if a name is missing or unknown, or a shape differs, TypeError for what is not an array of
-        numbers; nothing is changed then.
+        strict  require exactly the names of the parameters; if False, ignore missing and unknown names.
+        Raises ValueError if a name is missing or unknown or a shape differs, and TypeError for values that are not
+        arrays of numbers. In case of an error, nothing is changed.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"load_state_dict: the state has type {type(state).__name__}; expected names and arrays")
@@ -67,7 +67,7 @@ class State:
             save_file(self.state_dict(), partial)
 
     def load(self, path: str | Path) -> Self:
-        """Read the parameters from a safetensors file; returns the module. Raises the errors of load_state_dict."""
+        """Read the parameters from a safetensors file. Returns the module. Raises the errors of load_state_dict."""
         try:
             state = load_file(path)
         except SafetensorError as error:
@@ -89,7 +89,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-    """Every parameter in a module, list, tuple or dict, with its dotted name; a shared one with each of its names."""
+    """Every parameter in a module, list, tuple or dict, with its dotted name. A shared one appears once per name."""
     for name, member in _members(value):
         if isinstance(member, Parameter):
             yield f"{prefix}{name}", member
@@ -98,7 +98,7 @@ def parameters_in(value: Any, prefix: str = "") -> Iterator[tuple[str, Parameter
 
 
 def modules_in(value: Any) -> Iterator[Any]:
-    """Every module in a module, list, tuple or dict."""
+    """Every module inside a module, list, tuple or dict."""
     for _, member in _members(value):
         if isinstance(member, State):
             yield member
@@ -106,7 +106,7 @@ def modules_in(value: Any) -> Iterator[Any]:
 
 
 def _tree(value: Any) -> str:
-    """A module as text: its numeric attributes, the shapes of its parameters, and its modules, indented."""
+    """A module as text: its simple attributes, the shapes of its parameters, and its submodules, indented."""
     inside, modules = [], []
     for name, member in _members(value):
         if isinstance(member, Parameter):

@@ -1,4 +1,4 @@
-"""Tensor: an array and, if it needs a gradient, its node on the tape. record() puts an operation on the tape."""
+"""Tensor: an array and, if it needs a gradient, its node on the tape. record() adds an operation to the tape."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ HostArray = numpy.ndarray  # (inside the class, type checkers resolve `numpy` to
 class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     """An array and, if it needs a gradient, its node on the tape.
 
-    data           an array, or numbers and nested lists (which become float32).
-    requires_grad  makes this a leaf: backward() sums the gradient of the loss into `.grad`, an array of data's shape.
+    data           an array, or a number or nested lists of numbers (which become float32).
+    requires_grad  makes this a leaf: backward() adds the gradient of the loss to `.grad`, an array of data's shape.
 
-    Operators: + - * / @ ** and unary -, comparisons, indexing, and the methods below, with NumPy's broadcasting. Type
+    Supports + - * / @ ** and unary -, comparisons, indexing, and the methods below, with NumPy's broadcasting. Type
     promotion is described in arguments.py. Only floating-point Tensors have gradients. Gradients are arrays;
     second-order gradients are not supported. Comparisons, & | ~ // and % have no gradient.
 
-    Operations save arrays for the backward pass without copying them. Assigning to `.data` of a Tensor gives it
-    another array; a Parameter is changed in place, and a backward pass that needed the old values raises an error.
-    A write into the array itself, x.data[...] = y, is not detected: write before the forward pass or after backward().
+    Operations save arrays for the backward pass without copying them. Assigning to `.data` replaces a Tensor's array.
+    For a Parameter, it copies into the array, and a backward pass that needs the old values raises an error. Writing to
+    the array itself (x.data[...] = y) is not detected: do it only before the forward pass or after backward().
     """
 
     __slots__ = ("data", "_edge", "_recipe")
@@ -44,7 +44,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         if not _is_array(data):
             if dtype is None and not isinstance(data, numpy.generic):
                 dtype = arguments.DEFAULT_FLOAT
-            data = arguments.numpy_array("Tensor", data)  # (numpy.float64 is also a Python float, but keeps its dtype)
+            data = arguments.numpy_array("Tensor", data)  # (numpy.float64, also a Python float, keeps its dtype)
         elif data.dtype.kind not in "biuf" and data.dtype.name != "bfloat16":
             raise TypeError(f"Tensor: data has dtype {data.dtype}; expected floats, integers or booleans")
         if dtype is not None or isinstance(data, numpy.generic):
@@ -60,9 +60,9 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             self._edge = (autograd.Leaf(form_of(data)), 0)
 
     def read_as(self, dtype: DTypeLike, what: str) -> Array:
-        """The data, for an operation whose activations have this dtype. Raises TypeError if the dtypes differ.
+        """Return the data for an operation whose activations have this dtype. Raises TypeError if the dtypes differ.
 
-        what  what the error message calls this tensor, such as "linear: weight".
+        what  the name of this tensor in the error message, such as "linear: weight".
         """
         if self.data.dtype != dtype:
             raise TypeError(f"{what} is {self.data.dtype}; expected {numpy.dtype(dtype)}, the dtype of the activations")
@@ -70,14 +70,17 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The length of each axis."""
         return self.data.shape
 
     @property
     def dtype(self) -> numpy.dtype:
+        """The dtype of the elements, such as float32."""
         return self.data.dtype
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return self.data.ndim
 
     @property
@@ -87,15 +90,17 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def backend(self) -> Backend:
+        """The backend that computes with this tensor."""
         return backend_of(self.data)
 
     @property
     def device(self) -> str:
+        """Where the elements are: "cpu" or "cuda"."""
         return backend_of(self.data).device
 
     @property
     def T(self) -> Tensor:
-        """The transpose: the axes in reverse order."""
+        """The transpose, with the axes in reverse order."""
         return self.transpose()
 
     @property
@@ -117,7 +122,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
 
     @property
     def grad(self) -> Array | None:
-        """The gradient summed so far, or None before the first backward() or if this tensor is not a leaf."""
+        """The gradient accumulated so far; None before the first backward(), or if this tensor is not a leaf."""
         return None if self.leaf is None else self.leaf.grad
 
     @grad.setter
@@ -127,7 +132,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         self.leaf.grad = None if value is None else gradient_array(value, self.leaf, "grad")
 
     def numpy(self) -> HostArray:
-        """The values as a NumPy array on the host (on the CPU, a view of the tensor's own memory)."""
+        """The values as a NumPy array on the host (for the CPU, a view of the tensor's memory)."""
         return self.backend.to_host(self.data)
 
     def item(self) -> float:
@@ -139,14 +144,14 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return Tensor(self.data)
 
     def astype(self, dtype: DTypeLike) -> Tensor:
-        """The values in another dtype. The gradient is converted back; integers and booleans have none."""
+        """Convert to another dtype. The gradient is converted back; integers and booleans have no gradient."""
         data = self.data.astype(arguments.dtype_of("astype", dtype))
         if not arguments.is_float(data.dtype):
             return Tensor(data)
         return record(data, (self,), _astype_backward, saved=(self.dtype,))
 
     def to(self, target: str | DTypeLike) -> Tensor:
-        """The tensor on another device ("cpu" or "cuda") or in another dtype; its gradient is converted back."""
+        """Copy to another device ("cpu" or "cuda"), or convert to another dtype. The gradient is converted back."""
         if target not in DEVICES:
             dtype = arguments.dtype_of("to", target, "a device, 'cpu' or 'cuda', or a dtype")
             return self if dtype == self.dtype else self.astype(dtype)
@@ -162,7 +167,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
     def backward(
         self, dy: Tensor | ArrayLike | None = None, *, create_graph: bool = False, retain_graph: bool = False
     ) -> None:
-        """Add the gradient of this tensor to `.grad` of every leaf that it was computed from.
+        """Compute the gradients of this tensor, and add them to `.grad` of every leaf that it was computed from.
 
         dy  the gradient of the loss with respect to this tensor, of its shape; defaults to 1 for a one-element tensor.
         create_graph, retain_graph  not supported; True raises NotImplementedError.
@@ -323,7 +328,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return x.sum(axes, keepdims) * (1 / count if count else math.nan)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """The maximum over `axis`; elements that tie for it share the gradient equally."""
+        """The maximum over `axis`. Elements that tie for the maximum share the gradient equally."""
         axes = arguments.axes_of("max", axis, self.ndim)
         if not all(self.shape[i] for i in axes):
             raise ValueError(f"max: the tensor has shape {self.shape}; there is no maximum over an axis of length 0")
@@ -331,13 +336,13 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         return record(y, (self,), "max_backward", (self.data, y, axes))
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
-        """The same elements in another shape; one dimension may be -1, and is then inferred."""
+        """The same elements in another shape. One dimension may be -1; it is then inferred."""
         wanted = arguments.lengths("reshape", shape)
         try:
             y = self.data.reshape(wanted)
         except ValueError:
             raise ValueError(
-                f"reshape: the tensor has shape {self.shape}, {self.size} elements; they do not fit in {wanted}"
+                f"reshape: the tensor has shape {self.shape}, {self.size} elements, which do not fit in {wanted}"
             ) from None
         return record(y, (self,), _reshape_backward, (self.shape,))
 
@@ -345,13 +350,13 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         """Permute the axes; without arguments, reverse them."""
         given = axes[0] if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], tuple | list)) else axes or None
         order = arguments.axes_of("transpose", given, self.ndim)[:: -1 if given is None else 1]
-        if len(axes) == 2 and (order == (0, 1) or len(order) < self.ndim):  # PyTorch exchanges two axes
+        if len(axes) == 2 and (order == (0, 1) or len(order) < self.ndim):  # PyTorch would swap two axes
             raise ValueError(f"transpose: the axes are {axes}; use swapaxes{axes}, or transpose(order) with all axes")
         if len(order) != self.ndim:
-            raise ValueError(f"transpose: the axes are {order}; expected each of the tensor's {self.ndim} once")
+            raise ValueError(f"transpose: the axes are {order}; expected each of the {self.ndim} axes once")
         return record(self.data.transpose(order), (self,), _transpose_backward, (order,))
 
-    # Also used by methods.py, which this file imports ----------------------------------------------------------------
+    # For methods.py, which this file imports --------------------------------------------------------------------------
 
     def _record(
         self, data: Any, parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
@@ -377,18 +382,18 @@ def record(
 def record(
     data: Array | tuple[Array, ...], parents: tuple[Tensor, ...], backward: BackwardFunction | str, saved: Saved = ()
 ) -> Tensor | tuple[Tensor, ...]:
-    """Wrap an operation's result in a Tensor, and record it on the tape if a parent needs a gradient.
+    """Wrap the result of an operation in a Tensor, and record the operation on the tape if a parent needs a gradient.
 
     data      the result: an array, or a tuple of arrays for an operation with several results.
-    parents   the Tensors it was computed from.
+    parents   the input Tensors.
     backward  backward(saved, dy, into) -> a tuple with a gradient or None for each parent. dy is the gradient of the
-              result; for several results, a tuple with a gradient or None for each. Instead of returning the gradient
-              of parent i, it may add it to the buffer `into(i)`, which is None if none is needed, and return None.
-              A string names a kernel (a function of reference.py) that is the whole backward pass:
-              kernel(dy, *saved) -> the gradient, or a tuple with one for each parent.
-    saved     the data that backward needs; kept only if a gradient is needed. backward must not change it.
+              result; for several results, it is a tuple with a gradient or None for each. Instead of returning the
+              gradient of parent i, backward may add it to the buffer `into(i)` and return None; into(i) is None if
+              no gradient is needed. A string is the name of a kernel (a function of reference.py) that computes the
+              gradients by itself: kernel(dy, *saved) -> the gradient, or a tuple with one per parent.
+    saved     the data that backward needs, kept only if a gradient is needed. backward must not modify it.
 
-    Nothing else adds to the tape. An operation is two functions, and its forward function ends with record().
+    Only this function adds to the tape. An operation consists of two functions, and the forward one ends with record().
     """
     results = tuple(map(_constant, data)) if isinstance(data, tuple) else (_constant(data),)
     try:
@@ -414,7 +419,7 @@ def record(
 
 
 def gradient_array(value: Tensor | ArrayLike, leaf: autograd.Leaf, name: str) -> Array:
-    """A copy of `value` to which later gradients of the leaf can be added. Raises ValueError if the shape is wrong."""
+    """Copy `value` to a buffer that later gradients of the leaf can be added to. Raises ValueError for a bad shape."""
     buffer = autograd.zeros(leaf.forms[0])
     values = backend_of(buffer).asarray(value.data if isinstance(value, Tensor) else value, dtype=buffer.dtype)
     if values.shape != buffer.shape:
@@ -433,7 +438,7 @@ def form_of(data: Array) -> autograd.Form:
 
 
 def _constant(data: Array) -> Tensor:
-    """Tensor(data), but faster, for an array or a NumPy scalar (the result of 0-d arithmetic)."""
+    """Tensor(data), but faster, for an array or a NumPy scalar (a result of 0-d arithmetic)."""
     result = _new(Tensor)
     result.data = autograd.as_array(data)
     result._edge = None
@@ -450,7 +455,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _operands(op: str, a: Tensor, b: Operand) -> tuple[Tensor, Tensor]:
-    """a and b as Tensors of a common dtype, by the promotion rules in arguments.py."""
+    """Return a and b as Tensors of a common dtype, by the promotion rules in arguments.py."""
     dtype = a.data.dtype
     if not isinstance(b, Tensor):
         b = _constant(arguments.constant(op, b, dtype, backend_of(a.data)))
@@ -470,7 +475,7 @@ def _no_product(a: Tensor, b: Tensor) -> ValueError:
 
 
 def _vector_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b if one is 1-D, as in NumPy: a row on the left or a column on the right; its axis of length 1 is removed."""
+    """a @ b if one is 1-D, as in NumPy: a row on the left or a column on the right. Its axis of length 1 is removed."""
     if not (a.ndim and b.ndim) or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
         raise ValueError(f"@: shapes {a.shape} and {b.shape}; expected (..., m, k) or (k,) @ (..., k, n) or (k,)")
     y = (a if a.ndim > 1 else a.reshape(1, -1)) @ (b if b.ndim > 1 else b.reshape(-1, 1))

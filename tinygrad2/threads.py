@@ -1,4 +1,4 @@
-"""The number of CPU threads, and the division of work among them. The thread pool is kernels/pool.py."""
+"""The number of CPU threads, and how work is divided among them. The thread pool is in kernels/pool.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class BlasLibrary(Protocol):
 MAX_COUNT = 1024
 _count = machine.usable_threads()
 _lock = threading.Lock()
-# An interrupt may come at any time, so BLAS's old setting is recorded before it is changed, until its last user ends.
+# An interrupt can arrive at any time. So BLAS's old setting is recorded before it is changed, and kept until it has
+# been restored.
 _before: list[
     tuple[BlasLibrary, int]
 ] = []  # the libraries and their thread counts, while BLAS is limited to one thread
@@ -30,15 +31,15 @@ _users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
-    """The number of threads for computation."""
+    """The number of threads to compute with."""
     return _count
 
 
 def set_count(n: int) -> None:
-    """Use n threads from now on, also in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
+    """Use n threads from now on, including in BLAS. Raises ValueError unless 1 <= n <= MAX_COUNT."""
     global _count
     if not 1 <= n <= MAX_COUNT:
-        raise ValueError(f"threads: the number is {n:,}; expected 1 to {MAX_COUNT:,}")
+        raise ValueError(f"threads: the number of threads is {n:,}; expected 1 to {MAX_COUNT:,}")
     with _lock:
         if not _users:
             _restore()
@@ -54,7 +55,7 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 
 
 class blas_on_one_thread:  # noqa: N801 - used as a function
-    """A context in which BLAS uses only the calling thread. The last of several contexts restores the old setting."""
+    """A context manager in which BLAS uses only the calling thread. The last active one restores the old setting."""
 
     def __enter__(self) -> None:
         global _before
@@ -83,5 +84,5 @@ def _restore() -> None:
 
 @cache
 def _blas() -> list[BlasLibrary]:
-    """The BLAS libraries that are loaded."""
+    """The loaded BLAS libraries."""
     return ThreadpoolController().select(user_api="blas").lib_controllers

@@ -1,5 +1,5 @@
-"""Tracing: calls your functions for every operation of a forward pass, with its inputs and results, and of a backward
-pass, with the gradients that it computed."""
+"""Tracing: callbacks for every operation of a forward pass, with its inputs and results, and of a backward pass, with
+the gradients that it computed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Operation(NamedTuple):
     """One operation of a forward pass.
 
     name     such as "linear", "attention" or "add"; "an operation" if its backward function has no name.
-    parents  the Tensors that it was computed from.
-    results  the Tensors that it returned.
+    parents  the input Tensors.
+    results  the resulting Tensors.
     saved    the values that its backward function needs.
     """
 
@@ -29,8 +29,8 @@ class BackwardOperation(NamedTuple):
 
     name       the name of the operation, as in the forward pass.
     node       the node of its results on the tape.
-    edges      where the gradients of its parents go: (node or leaf, output), or None for a parent that needs none.
-    gradients  the gradients of its parents, including what other operations have added so far, or None.
+    edges      per parent, the edge that its gradient is added to: (node or leaf, output); None if it needs no gradient.
+    gradients  per parent, the gradient accumulated so far, including contributions of other operations, or None.
     """
 
     name: str
@@ -43,17 +43,17 @@ Tracer = Callable[[Operation], object]
 BackwardTracer = Callable[[BackwardOperation], object]
 _tracer: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 _backward_tracer: ContextVar[BackwardTracer | None] = ContextVar("backward_tracer", default=None)
-active = _tracer.get  # () -> the callback for operations that is currently active in this thread, or None
-active_backward = _backward_tracer.get  # () -> the same for backward passes
+active = _tracer.get  # () -> the callback for operations that is active in this thread, or None
+active_backward = _backward_tracer.get  # () -> the callback for backward passes, or None
 
 
 @contextmanager
 def tracing(callback: Tracer, backward: BackwardTracer | None = None) -> Iterator[None]:
-    """Inside this context, in this thread, `callback` is called for every operation that returns through record(), and
-    `backward` for every operation of a backward pass.
+    """A context manager, for the current thread, in which `callback` is called for every operation that returns through
+    record(), and `backward` for every operation of a backward pass.
 
-    They may store their arguments, but must not change them. Outside of the context, each operation and each backward
-    pass only checks whether there is a callback.
+    Callbacks may store their arguments, but must not modify them. Without a callback, the only cost is a check per
+    operation and per backward pass.
     """
     token, backward_token = _tracer.set(callback), _backward_tracer.set(backward)
     try:
@@ -64,7 +64,7 @@ def tracing(callback: Tracer, backward: BackwardTracer | None = None) -> Iterato
 
 
 def report(backward: Any, parents: tuple[Any, ...], results: tuple[Any, ...], saved: tuple[Any, ...]) -> None:
-    """Call the active callback for an operation with this backward function, or this kernel as its backward pass."""
+    """Call the active callback for an operation. `backward` is its backward function, or the name of a kernel."""
     callback = active()
     assert callback is not None
     name = backward if isinstance(backward, str) else getattr(backward, "__name__", "an operation")
@@ -72,5 +72,5 @@ def report(backward: Any, parents: tuple[Any, ...], results: tuple[Any, ...], sa
 
 
 def operation_name(backward: str) -> str:
-    """The name of an operation: the name of its backward function, without "_" and "_backward"."""
+    """The name of an operation: the name of its backward function, without the prefix "_" and suffix "_backward"."""
     return backward.removesuffix("_backward").lstrip("_") or backward

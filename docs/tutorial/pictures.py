@@ -197,6 +197,37 @@ def adamw(name: str) -> None:
     write(figure, name)
 
 
+def learning_rate(name: str) -> None:
+    figure, axes = figure_of(6.4, 2.4)
+    axes.plot([one_file.learning_rate(step, 100, 1.0, 10) for step in range(101)], color=BLUE)
+    axes.axvline(10, color=GREY, linestyle="--", linewidth=1)
+    axes.text(11, 0.3, "end of the warm-up", color=GREY)
+    axes.axhline(0.1, color=GREY, linestyle="--", linewidth=1)
+    axes.text(30, 0.02, "peak / 10", color=GREY)
+    axes.set(xlabel="step", ylabel="lr / peak", ylim=(0, 1.1), title="100 steps, 10 of them warm-up")
+    write(figure, name)
+
+
+def windows(name: str) -> None:
+    text, T = "12 times 13", 6
+    figure, axes = canvas(7.4, 2.6, 18, 6.4)
+    for i, character in enumerate(text):
+        cell(axes, i + 1, 5, BLUE if 2 <= i < 2 + T else ORANGE if i == 2 + T else None, 0.35)
+        axes.text(i + 1.5, 5.5, character.replace(" ", "␣"), ha="center", va="center")
+    axes.text(12.6, 5.5, "a window of T + 1 = 7 tokens", va="center")
+    for row, (first, title, color) in enumerate(((2, "inputs", BLUE), (3, "targets", ORANGE))):
+        for t in range(T):
+            cell(axes, t + 3, 2.6 - 1.7 * row, color, 0.35)
+            axes.text(t + 3.5, 3.1 - 1.7 * row, text[first + t].replace(" ", "␣"), ha="center", va="center")
+            if row == 0:
+                arrow(axes, (t + 3.5, 2.6), (t + 3.5, 1.95), INK)
+        axes.text(9.4, 3.1 - 1.7 * row, title, color=color, va="center")
+    axes.text(12.6, 2.25, "position t predicts the token below it", va="center")
+    axes.text(12.6, 1.35, "from tokens 0 to t of the inputs", va="center")
+    axes.set(xlim=(0.5, 20.5), ylim=(0.4, 6.4))
+    write(figure, name)
+
+
 def training(name: str) -> None:
     """The run of page 9, by the functions of examples/gpt2_in_one_file.py."""
     text = "".join(f"{i} times {i + 1} is {i * (i + 1)}.\n" for i in range(500))
@@ -237,10 +268,50 @@ def cache(name: str) -> None:
     write(figure, name)
 
 
+def temperature(name: str) -> None:
+    logits = np.array([2.0, 1.5, 0.5, 0.0, -0.5, -1.0])
+    figure, axes = plt.subplots(1, 4, figsize=(8, 2.2), sharey=True)
+    for axis, t in zip(axes, (2.0, 1.0, 0.5), strict=False):
+        axis.bar(range(6), one_file.softmax(logits / t), color=BLUE)
+        axis.set(title=f"temperature {t:g}")
+    axes[3].bar(range(6), one_file.softmax(np.where(logits < 1, -np.inf, logits)), color=ORANGE)
+    axes[3].set(title="temperature 1, top_k 2")
+    for axis in axes:
+        axis.set(xlabel="token", xticks=range(6))
+    axes[0].set(ylabel="probability")
+    write(figure, name)
+
+
+def tiles(name: str) -> None:
+    figure, axes = canvas(7, 3.3, 19, 9)
+    for t in range(8):
+        for s in range(t + 1):
+            now = t // 2 == 2 and s // 2 == 1
+            cell(axes, s + 1, 7 - t, ORANGE if now else BLUE, 0.9 if now else 0.25)
+        cell(axes, 10, 7 - t, GREEN, 0.9)
+        cell(axes, 11.5, 7 - t, GREEN, 0.9)
+    for row in range(4):
+        for column in range(row + 1):
+            axes.add_patch(plt.Rectangle((1 + 2 * column, 6 - 2 * row), 2, 2, fill=False, edgecolor=INK, linewidth=0.8))
+    axes.text(5, 8.4, "P[t,s]", ha="center")
+    axes.text(0.4, 4, "t", va="center")
+    axes.text(5, -0.8, "s", ha="center")
+    axes.text(10.5, 8.4, "lse", ha="center", color=GREEN)
+    axes.text(12, 8.4, "dout·out", ha="center", color=GREEN)
+    axes.text(13.4, 6.1, "kept: one number per row each", color=GREEN)
+    axes.text(13.4, 4.6, "in memory: one block of P,", color=ORANGE)
+    axes.text(13.4, 3.8, "computed again from q, k and lse", color=ORANGE)
+    axes.text(13.4, 2.3, "the other blocks are never stored", color=BLUE)
+    axes.text(13.4, 0.8, "empty: masked")
+    axes.set(xlim=(0, 22.5), ylim=(-1, 9))
+    write(figure, name)
+
+
 PICTURES: dict[str, Callable[[str], None]] = {
     function.__name__: function
     for function in (
-        finite_difference, tape, matmul, attention, layernorm, gelu, block, loss, adamw, training, cache,
+        finite_difference, tape, matmul, attention, layernorm, gelu, block, loss, adamw, learning_rate, windows,
+        training, temperature, cache, tiles,
     )
 }  # fmt: skip
 

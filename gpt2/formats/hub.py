@@ -1,4 +1,4 @@
-"""OpenAI's weights, downloaded once from the Hugging Face Hub to its cache (in HF_HOME)."""
+"""Downloads OpenAI's weights from the Hugging Face Hub to its cache (in HF_HOME)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygrad2.machine import install_command
 
-REVISIONS = {  # the commit of openai-community/NAME
+REVISIONS = {  # the commit to use of openai-community/NAME
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
@@ -17,7 +17,8 @@ FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def advice(path: Path) -> str:
-    """The end of an error message: how to download `path`, if it is the name or URL of a model on the Hub; else ""."""
+    """Advice for the end of an error message: how to download `path`, if it is the name or URL of a model on the Hub;
+    otherwise ""."""
     named = re.fullmatch(r"(?:https?:/{1,2}huggingface\.co/)?([\w.-]+/)?([\w.-]+)", str(path))
     is_address = str(path).startswith("http")
     if named is None or not (is_address or named[1]) or path.is_absolute() or path.parent.is_dir():
@@ -25,7 +26,7 @@ def advice(path: Path) -> str:
     owner, name = named.groups()
     if name in REVISIONS and owner in (None, "openai-community/", "openai/"):
         return f"; use {name}"
-    return f"; to use a model of the Hugging Face hub, download it: hf download {owner or ''}{name} --local-dir {name}"
+    return f"; to use a model on the Hugging Face Hub, download it: hf download {owner or ''}{name} --local-dir {name}"
 
 
 def download(name: str) -> Path:
@@ -41,6 +42,6 @@ def download(name: str) -> Path:
         return Path(snapshot_download(f"openai-community/{name}", revision=REVISIONS[name], allow_patterns=FILES))
     except Exception as error:  # the types depend on the versions of huggingface_hub and its dependencies
         raise FileNotFoundError(
-            f"{name}: it could not be downloaded from the Hugging Face hub ({type(error).__name__}); connect once, or "
-            f"name a folder that has {', '.join(FILES)}"
+            f"{name}: it could not be downloaded from the Hugging Face Hub ({type(error).__name__}); connect to the "
+            f"network once, or pass a folder with {', '.join(FILES)}"
         ) from None

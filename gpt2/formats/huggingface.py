@@ -1,4 +1,4 @@
-"""The Hugging Face layout: a folder with config.json, and model.safetensors or pytorch_model.bin, or shards."""
+"""The Hugging Face layout: a folder with config.json, and weights in model.safetensors, pytorch_model.bin or shards."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tinygrad2.checkpoint import save_arrays, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE = "config.json", "model.safetensors", "generation_config.json"
 HEADER_LIMIT = 8 << 20  # bytes of a safetensors header; GPT-2 XL's has 64 KB
-INDEX_SUFFIX = ".index.json"  # of a file that lists shards
+INDEX_SUFFIX = ".index.json"  # ends the name of a file that lists shards
 WEIGHTS_FILES = (  # the first of these that exists is read
     WEIGHTS_FILE,
     WEIGHTS_FILE + INDEX_SUFFIX,
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
 )
-NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors' names
+NUMPY_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by safetensors name
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """The config in config.json and generation_config.json of the folder. Raises FileNotFoundError or ValueError,
-    naming the file."""
+    """The config in a folder's config.json and generation_config.json. Raises FileNotFoundError or ValueError; the
+    message names the file."""
     file, generation = folder / CONFIG_FILE, folder / GENERATION_FILE
     try:
         with naming_file(file):
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> GPT2Config:
 
 
 def read_safetensors(file: Path) -> dict[str, Stored]:
-    """The arrays of a .safetensors file. Raises ValueError if it is not one."""
+    """The arrays in a .safetensors file. Raises ValueError if it is not a valid safetensors file."""
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     if HEADER_LIMIT < header < file.stat().st_size:
@@ -61,8 +61,8 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
             raise ValueError(f"it is text, not a model: {text!r}; if it was downloaded, download it again") from None
         if "not fully covered" in str(error):
             raise ValueError(
-                "by its header, its last tensor does not end where the file ends; the download or the copy was "
-                "interrupted"
+                "according to its header, its last tensor does not end at the end of the file; the download or the "
+                "copy was interrupted"
             ) from None
         raise ValueError(
             f"it is not a valid safetensors file ({error}), and does not start like a PyTorch or llm.c file"
@@ -76,7 +76,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file that contains each tensor, by the tensor's name. Raises ValueError for a file outside the folder."""
+    """Map the name of each tensor to the file that contains it. Raises ValueError for a file outside the folder."""
     listed = read_json(index)
     places = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
@@ -90,8 +90,8 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def write(path: str | Path, config: GPT2Config, arrays: dict[str, np.ndarray]) -> None:
-    """Write config.json, model.safetensors, and the model's generation_config.json if it has one, to the folder
-    `path`, which is created if it does not exist."""
+    """Write config.json, model.safetensors, and generation_config.json if the model has one, to the folder `path`,
+    which is created if it does not exist."""
     folder = Path(path)
     files.make_folder(folder)
     named = {f"transformer.{name}": values for name, values in arrays.items()}

@@ -1,8 +1,9 @@
-"""Model files of llm.c: a header of 256 int32, then every parameter, in float32 (version 3) or bfloat16 (version 5).
+"""llm.c model files: a header of 256 int32 values, then the parameters, in float32 (version 3) or bfloat16 (version 5).
 
-Header: magic, version, context, vocabulary, layers, heads, width, padded vocabulary. The token embedding comes first,
-padded with rows of zeros to a multiple of 128; then each parameter of the blocks, for all layers, with matrices as
-(out, in). The format stores neither dropout rates nor the form of GELU, which is always the tanh form.
+The header contains the magic number, version, context, vocabulary size, layers, heads, width, and padded vocabulary
+size. The token embedding is first, padded with rows of zeros to a multiple of 128, followed by the position embedding.
+Then each parameter of the blocks is stored for all layers, with matrices as (out, in), and finally the last LayerNorm.
+The format does not store dropout rates or the form of GELU, which is always the tanh form.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def read(file: Path) -> tuple[GPT2Config, dict[str, Stored]]:
-    """The config, and the arrays under the names and in the layout of gpt2.model.GPT2. Raises ValueError if the size
-    of the file does not match its header."""
+    """The config, and the arrays with the names and layout of gpt2.model.GPT2. Raises ValueError if the size of the
+    file does not match its header."""
     magic, version, T, V, L, H, C, padded = read_at(file, "<i4", 0, (HEADER_INTS,))[:8].tolist()
     if magic != MODEL_MAGIC or version not in DTYPE_OF_VERSION:
         raise ValueError(
@@ -41,14 +42,14 @@ def read(file: Path) -> tuple[GPT2Config, dict[str, Stored]]:
         layer_norm_epsilon=LAYER_NORM_EPSILON,
     )
     if padded < V:
-        raise ValueError(f"the padded vocabulary has {padded} tokens, fewer than the {V} of the vocabulary")
+        raise ValueError(f"the padded vocabulary has {padded} tokens; expected at least the {V} of the vocabulary")
     dtype = DTYPE_OF_VERSION[version]
     size = np.dtype(dtype).itemsize
     expected = HEADER_INTS * 4 + size * (config.n_parameters + (padded - V) * C)
     if file.stat().st_size != expected:
         raise ValueError(
-            f"it has {file.stat().st_size:,} bytes; expected {expected:,} from its header: it is truncated or not a "
-            f"model of llm.c"
+            f"it has {file.stat().st_size:,} bytes; expected {expected:,} according to its header: it is truncated, or "
+            f"not an llm.c model"
         )
 
     arrays: dict[str, Stored] = {}
@@ -61,14 +62,14 @@ def read(file: Path) -> tuple[GPT2Config, dict[str, Stored]]:
 
 
 def write(file: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
-    """Write arrays that are all float32 or all bfloat16. Raises ValueError for a model that llm.c does not support."""
+    """Write a model whose arrays are all float32 or all bfloat16. Raises ValueError if llm.c does not support it."""
     dtype = arrays["wte.weight"].dtype
     version = {name: version for version, name in DTYPE_OF_VERSION.items()}.get(dtype)
     if version is None:
         raise ValueError(f"llm.c does not support {dtype}; choose {' or '.join(DTYPE_OF_VERSION.values())}")
     if config.activation_function == "gelu" or config.layer_norm_epsilon != LAYER_NORM_EPSILON:
         raise ValueError(
-            f"llm.c computes GELU's tanh form and LayerNorm with 1e-05; this model has activation_function "
+            f"llm.c supports only GELU's tanh form and layer_norm_epsilon 1e-05; this model has activation_function "
             f"{config.activation_function} and layer_norm_epsilon {config.layer_norm_epsilon}"
         )
     V, C = config.vocab_size, config.n_embd
@@ -85,7 +86,7 @@ def write(file: Path, config: GPT2Config, arrays: dict[str, Stored]) -> None:
 
 
 def _layout(config: GPT2Config) -> list[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of the parameters in the file, in its order."""
+    """The names and shapes of the parameters, in the order in which the file stores them."""
     shapes = dict(config.shapes())
     parts = [name.removeprefix("h.0.") for name in shapes if name.startswith("h.0.")]
     blocks = [f"h.{layer}.{part}" for part in parts for layer in range(config.n_layer)]

@@ -1,8 +1,8 @@
-"""Model files of every supported format, under the names and in the layout of gpt2.model.GPT2.
+"""Reads model files in any supported format, and maps them to the names and layout of gpt2.model.GPT2.
 
-It reads Hugging Face folders (config.json with model.safetensors or pytorch_model.bin, possibly sharded), PyTorch files
-(nanoGPT and build-nanogpt checkpoints, plain state dicts), and llm.c files. Every shape is checked before a model is
-built.
+Supported are Hugging Face folders (config.json with model.safetensors or pytorch_model.bin, possibly sharded), PyTorch
+files (nanoGPT and build-nanogpt checkpoints, plain state dicts), and llm.c files. Every shape is checked before a model
+is created.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from gpt2.language_model import LanguageModel
 from tinygrad2 import checkpoint
 
 MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
-PARTS = ("wte", "wpe", "h", "ln_f")  # the first part of a parameter's name, after any prefix
+PARTS = ("wte", "wpe", "h", "ln_f")  # the first component of a parameter's name, after any prefix
 EMBEDDINGS = ("wte.weight", "wpe.weight")  # the prefix is the text before the first of these that exists
-# Names of wrappers, which may occur anywhere in a parameter's name, begin with "_" (_orig_mod of torch.compile,
+# Wrappers insert components anywhere in a parameter's name. These begin with "_" (_orig_mod of torch.compile,
 # _fsdp_wrapped_module, _checkpoint_wrapped_module, _forward_module of DeepSpeed), except DistributedDataParallel's:
 PARALLEL = "module"
-FOREIGN = {  # by the start of a component of a tensor's name: what kind of file has such tensors
-    "lora_": "an adapter besides its weights (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
+FOREIGN = {  # the kind of file that has such tensors, by the start of a component of the tensor's name
+    "lora_": "an unmerged adapter (peft, LoRA); merge it: model.merge_and_unload().save_pretrained(FOLDER)",
     "qweight": "quantized weights (GPTQ, AWQ), which are not supported; use the original weights",
     "weight_scale": "quantized weights, which are not supported; use the original weights",
 }
-LM_HEAD_BIAS = "lm_head.bias"  # GPT-2 has none
+LM_HEAD_BIAS = "lm_head.bias"  # not a parameter of GPT-2
 NAME_LIMIT = 1000  # maximum length of a tensor's name
 SHOWN = 5  # maximum number of names in a message
-TRAINER, BEST = "trainer.json", "best"  # in an out-dir: the state in each checkpoint, and a link to the best one
+TRAINER, BEST = "trainer.json", "best"  # the trainer's state in a checkpoint; the link to the best one in an out-dir
 
 
 @dataclass
 class ModelFile:
-    """A model in a file or folder. Its shapes have been read, but not its values.
+    """A model in a file or folder, whose shapes have been read, but not its values.
 
     file      the file with the parameters, or the index of its shards.
     config    the model's sizes and dropout rates.
-    arrays    every parameter of gpt2.model.GPT2, under its name and in its shape there.
+    arrays    every parameter, with its name and shape in gpt2.model.GPT2.
     left_out  the names of tensors of other heads, which are not part of the language model.
     """
 
@@ -57,14 +57,14 @@ class ModelFile:
     left_out: list[str] = field(default_factory=list)
 
     def say_left_out(self) -> None:
-        """Print a line that names the tensors that are left out, if there are any."""
+        """Print a line that names the tensors in `left_out`, if there are any."""
         if self.left_out:
             more = f" and {len(self.left_out) - SHOWN:,} more" if len(self.left_out) > SHOWN else ""
             names = ", ".join(map(printable, self.left_out[:SHOWN]))
-            print_error(f"{self.file}: left out, since they are not part of the language model: {names}{more}")
+            print_error(f"{self.file}: ignored, since they are not part of the language model: {names}{more}")
 
     def read(self, name: str) -> np.ndarray:
-        """The values of a parameter, in the file's dtype. Raises ValueError naming the file."""
+        """The values of a parameter, in the file's dtype. Raises ValueError, which names the file."""
         with naming_file(self.file):
             return self.arrays[name].read()
 
@@ -76,7 +76,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
     """The model file or folder that `path` refers to:
 
     a model                      `path` itself
-    the out-dir of a run         its newest intact checkpoint, or else its newest .pt file
+    the out-dir of a run         its newest intact checkpoint, or if there is none, its newest .pt file
     OUT/best                     the best checkpoint of the run in OUT
     a name in gpt2.formats.hub   the folder of OpenAI's downloaded model
 
@@ -117,7 +117,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
 
 
 def _best_checkpoint(out: Path) -> Path | None:
-    """The best checkpoint of a run according to its newest one; None if there is none, or if it is damaged."""
+    """The best checkpoint of a run, as recorded in the newest one; None if it is missing or damaged."""
     newest, _ = checkpoint.newest(out)
     if newest is None or not (newest / TRAINER).is_file():
         return None
@@ -130,7 +130,7 @@ def _best_checkpoint(out: Path) -> Path | None:
 
 
 def default_model(say: Callable[[str], None]) -> Path | None:
-    """The default model of a command: the one in checkpoint/, else the newest one in out/, else None."""
+    """The default model of a command: the model in checkpoint/, or else the newest model in out/, or else None."""
     for folder in (Path("checkpoint"), Path("out")):
         if (folder / CONFIG_FILE).is_file() or checkpoint.find(folder) or any(folder.glob("*.pt")):
             return find_model(folder, say)
@@ -140,10 +140,15 @@ def default_model(say: Callable[[str], None]) -> Path | None:
 def open_model(path: str | Path) -> ModelFile:
     """The model in the file or folder `path`.
 
-    Accepts names with any prefix and with names of wrappers inside; either name of the token embedding that is tied to
-    the output layer, or both if their values are equal; the causal masks of old files; additional heads, which are left
-    out; matrices as (in, out) or (out, in); models without biases, which are then zeros; and float64, float32, float16
-    and bfloat16 values. Raises FileNotFoundError or ValueError naming the file, before it allocates memory for arrays.
+    The function accepts:
+    - names with any prefix, and with the names of wrappers inside;
+    - either name of the tied token embedding, or both if their values are equal;
+    - the causal masks of old files, and additional heads, which are ignored;
+    - matrices as (in, out) or (out, in);
+    - models without biases, which are set to zero;
+    - float64, float32, float16 and bfloat16 values.
+
+    Raises FileNotFoundError or ValueError, which names the file, before it allocates memory for arrays.
     """
     path = Path(path)
     config = None if path.is_file() else huggingface.read_config(path)
@@ -170,7 +175,7 @@ def open_model(path: str | Path) -> ModelFile:
 
 
 def read_training(model: ModelFile) -> TrainingState:
-    """The training state in the nanoGPT checkpoint `model`. Raises ValueError naming the file if it has none."""
+    """The training state in a nanoGPT checkpoint. Raises ValueError, which names the file, if it has none."""
     with naming_file(model.file):
         with model.file.open("rb") as opened:
             if opened.read(4) not in (torch_file.ZIP_START, torch_file.LEGACY_START):
@@ -180,13 +185,13 @@ def read_training(model: ModelFile) -> TrainingState:
 
 
 def load_config(path: str | Path) -> GPT2Config:
-    """The config of the model in the file or folder `path`, after checking its parameters against it. Raises as
-    open_model does."""
+    """The config of the model in the file or folder `path`; the shapes of the parameters are checked against it. Raises
+    the errors of open_model."""
     return open_model(path).config
 
 
 def load_into(model: LanguageModel, path: str | Path) -> None:
-    """Load the parameters of the model from the file or folder `path`. Raises as open_model does."""
+    """Load the parameters of `model` from the file or folder `path`. Raises the errors of open_model."""
     source = open_model(path)
     source.say_left_out()
     parameters = dict(model.named_parameters())
@@ -204,7 +209,8 @@ def load_into(model: LanguageModel, path: str | Path) -> None:
 
 
 def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
-    """The config in a file of any format, or None if it has none, and its arrays, with the file's names and layouts."""
+    """The config in a file of any format, or None if the file has none, and the arrays, with their names and layouts in
+    the file."""
     if file.name.endswith(huggingface.INDEX_SUFFIX):
         places = huggingface.read_index(file)
         shards = {name: _read_shard(file.with_name(name)) for name in dict.fromkeys(places.values())}
@@ -224,7 +230,7 @@ def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _size(file: Path) -> int:
-    """The size in bytes of a file, or of all shards that an index lists."""
+    """The size of a file in bytes, or the total size of the shards if it is an index."""
     files = [file]
     if file.name.endswith(huggingface.INDEX_SUFFIX):
         files = [file.with_name(name) for name in set(huggingface.read_index(file).values())]
@@ -237,10 +243,10 @@ def _read_shard(file: Path) -> dict[str, Stored]:
 
 
 def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """The parameters and the output layer without prefixes and wrappers in their names, and without masks; and the
-    names of the tensors that do not belong to the language model.
+    """Remove prefixes and wrappers from the names, and drop causal masks.
 
-    Raises ValueError if two tensors then have the same name, or if there are two models.
+    Returns the parameters, including the output layer, and the names of the tensors that do not belong to the language
+    model. Raises ValueError if two tensors get the same name, or if there are two models.
     """
     unwrapped: dict[str, Stored] = {}
     for name, values in stored.items():
@@ -271,7 +277,7 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """The prefix of the name of the token embedding, or of the position embedding if that is absent."""
+    """The prefix in the name of the token embedding, or if that is missing, of the position embedding."""
     for embedding in EMBEDDINGS:
         found = [name for name in names if name == embedding or name.endswith(f".{embedding}")]
         if len(found) > 1:
@@ -282,8 +288,9 @@ def _prefix(names: Iterable[str]) -> str:
 
 
 def _published(stored: dict[str, Stored]) -> GPT2Config:
-    """The config for arrays that come without one, if they have a published size and the published layout. Shapes alone
-    determine neither the number of heads nor the form of GELU."""
+    """The config of a published model with these shapes, for a file without a config. In general, shapes do not
+    determine the number of heads or the form of GELU. Raises ValueError if the shapes are not those of a published
+    model."""
     layers = sum(name.endswith("ln_1.weight") for name in stored)
     queries = stored.get("h.0.attn.c_attn.weight")
     for preset in PRESETS.values():
@@ -291,15 +298,17 @@ def _published(stored: dict[str, Stored]) -> GPT2Config:
         if preset.vocab_size == GPT2_VOCAB_SIZE and preset.n_layer == layers and queries and queries.shape == shape:
             return preset
     raise ValueError(
-        f"it has no config, and shapes do not determine the number of heads and the form of GELU; put its "
+        f"it has no config, and shapes do not determine the number of heads or the form of GELU; put its "
         f"{CONFIG_FILE} next to it"
     )
 
 
 def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dict[str, Stored]:
-    """The config's parameters among those stored, in this model's layout. Raises ValueError naming the tensor that is
-    missing, unexpected, or of another shape or dtype, or if the tensors have more bytes than the `size` of their files,
-    which means that several share their memory."""
+    """The parameters of a model with this config, in the layout of gpt2.model.GPT2.
+
+    Raises ValueError, which names the tensor, if one is missing, is unexpected, or has the wrong shape or dtype, and
+    ValueError if the tensors need more bytes than the `size` of their files, that is, if several tensors share memory.
+    """
     stored = dict(stored)
     for name in ("wte.weight", LM_HEAD):
         if name in stored and stored[name].shape[:1] == (PADDED_VOCAB_SIZE,) and config.vocab_size == GPT2_VOCAB_SIZE:
@@ -307,7 +316,7 @@ def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dic
     head, bias = stored.pop(LM_HEAD, None), stored.pop(LM_HEAD_BIAS, None)
     if bias is not None and bias.read().any():
         raise ValueError(f"{LM_HEAD_BIAS} is not zero; this model's output layer has no bias")
-    if head is not None and "wte.weight" not in stored:  # a file with only this one of the two tied names
+    if head is not None and "wte.weight" not in stored:  # the file has only this one of the two tied names
         stored["wte.weight"], head = head, None
     needed = 0
     is_transposed = "h.0.attn.c_attn.weight" in stored and (
@@ -329,7 +338,7 @@ def _parameters(config: GPT2Config, stored: dict[str, Stored], size: int) -> dic
         arrays[name] = values.transposed() if is_transposed and is_matrix(name) else values
     if needed > size:
         raise ValueError(
-            f"its tensors need {needed:,} bytes, but it has {size:,}: several share their memory; expected separate "
+            f"its tensors need {needed:,} bytes, but it has {size:,}: several tensors share memory; expected separate "
             "memory for each"
         )
     if stored:
@@ -344,5 +353,5 @@ def _zeros(shape: tuple[int, ...]) -> Stored:
 
 
 def _equal(a: Stored, b: Stored) -> bool:
-    """Whether the bits are equal, so that NaN equals NaN."""
+    """Whether two arrays are bitwise equal, so that NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and a.read().tobytes() == b.read().tobytes()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 @dataclass(frozen=True)
 class Stored:
-    """An array in a file: its shape and the NumPy name of its dtype are known; its values are read on demand."""
+    """An array in a file. Its shape and the NumPy name of its dtype are known; its values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -24,7 +24,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """The size of its values in bytes. Raises TypeError for a dtype that NumPy does not have."""
+        """The size of its values in bytes. Raises TypeError for a dtype that NumPy does not support."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def rows(self, count: int) -> Stored:
@@ -32,7 +32,7 @@ class Stored:
         return Stored((count, *self.shape[1:]), self.dtype, lambda: self.read()[:count])
 
     def transposed(self) -> Stored:
-        """The transpose, contiguous."""
+        """The transpose, as a contiguous array."""
         return Stored(self.shape[::-1], self.dtype, lambda: np.ascontiguousarray(self.read().T))
 
     def cast(self, dtype: str) -> Stored:
@@ -41,7 +41,8 @@ class Stored:
 
 
 def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of this shape that starts at byte `offset` of a file. Raises ValueError if the file is truncated."""
+    """Read the array of this shape that starts at byte `offset` of a file. Raises ValueError if the file is
+    truncated."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.fromfile(path, np.uint8, count, offset=offset)
     if len(memory) != count:
@@ -51,7 +52,8 @@ def read_at(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> np.n
 
 @contextmanager
 def naming_file(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about its contents, and print them in one line (they may quote the file)."""
+    """A context that adds the file's name to errors about its contents, and makes the message a single printable line,
+    since it may quote the file."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:

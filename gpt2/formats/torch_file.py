@@ -1,8 +1,8 @@
-"""PyTorch files (`torch.save`), read and written without PyTorch. Nothing in a file is ever executed.
+"""Reads and writes PyTorch files (`torch.save`) without PyTorch. Nothing in a file is ever executed.
 
-Such a file is a zip archive of uncompressed entries: one pickle, data.pkl, and the memory of each tensor, data/0,
-data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the memory of the tensors. gpt2.pickles
-interprets the pickles, and accepts only the few names that tensors are built from. Any other name is an error.
+Such a file is a zip archive of uncompressed entries: a pickle, data.pkl, and the storages of the tensors, data/0,
+data/1 and so on. Before PyTorch 1.6 it was a sequence of pickles followed by the storages. gpt2.pickles interprets the
+pickles. It accepts only the few names that are needed to build tensors; any other name is an error.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ STORAGES = {
 }
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR, REBUILD_PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-CONFIG_SUFFIXES = ("Config", "Namespace")  # names of classes that end so are read as a Record of their attributes
+CONFIG_SUFFIXES = ("Config", "Namespace")  # an object whose class name ends with one of these is read as a Record
 
 
-# Raised by zipfile, struct and seek for a damaged file.
+# Errors that zipfile, struct and seek raise for a damaged file.
 READ_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, EOFError, OverflowError, OSError)
 
 
 @dataclass
 class Record:
-    """A pickled object of a config class: the class's name and the values of the attributes."""
+    """A pickled object of a config class: the name of the class and the values of the object's attributes."""
 
     name: str
     values: dict[str, object] = field(default_factory=dict)
@@ -82,8 +82,9 @@ class _Storage:
 
 
 def read_pickle(path: Path) -> object:
-    """The object that `torch.save` wrote: dicts, lists, tuples, text and numbers, with a Stored for each tensor and a
-    Record for each config object. Raises ValueError for anything else, before it allocates memory for tensors."""
+    """The object that `torch.save` wrote. It consists of dicts, lists, tuples, strings and numbers, with a Stored for
+    each tensor and a Record for each config object. Raises ValueError for anything else, before it allocates memory for
+    tensors."""
     with path.open("rb") as file:
         try:
             return _read_zip(path, file) if file.read(len(ZIP_START)) == ZIP_START else _read_legacy(path, file)
@@ -120,7 +121,7 @@ def _read_zip(path: Path, file: BinaryIO) -> object:
         if entry.file_size != storage.nbytes:
             raise ValueError(f"its entry data/{storage.key} has {entry.file_size:,} bytes; expected {storage.nbytes:,}")
         file.seek(entry.header_offset)
-        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # in the local header before the content
+        name_length, extra_length = struct.unpack("<26xHH", file.read(30))  # from the local header before the contents
         places[storage.key] = file.tell() + name_length + extra_length
     _refuse_truncated(file, places, storages)
     return tree
@@ -140,7 +141,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> object:
     keys = _interpret_next(file, tensors)
     by_key = {storage.key: storage for storage in storages}
     if not isinstance(keys, list) or any(type(key) is not str for key in keys) or set(keys) != by_key.keys():
-        raise ValueError("the list of its tensors' memory is damaged")
+        raise ValueError("the list of its storages is damaged")
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         if count != by_key[key].count:
@@ -152,7 +153,7 @@ def _read_legacy(path: Path, file: BinaryIO) -> object:
 
 
 def _interpret_next(file: BinaryIO, tensors: _Tensors) -> Any:
-    """The next of a sequence of pickles. Moves the file's position past it."""
+    """Interpret the next pickle in a file, and move the file's position past it."""
     start = file.tell()
     program = io.BytesIO(file.read(PICKLE_LIMIT))
     found = interpret(program, tensors)
@@ -165,14 +166,14 @@ def _refuse_truncated(file: BinaryIO, places: dict[str, int], storages: list[_St
     for storage in storages:
         end = places[storage.key] + storage.nbytes
         if end > size:
-            raise ValueError(f"it has {size:,} bytes; its storage {storage.key} would end at {end:,}: it is truncated")
+            raise ValueError(f"it has {size:,} bytes, but its storage {storage.key} ends at {end:,}: it is truncated")
 
 
 class _Tensors(Meanings):
-    """The meanings of the names in a torch.save file: tensors, their storages, and config objects.
+    """Defines the names in a torch.save file: tensors, their storages, and config objects.
 
     places    the offset of each storage in `path`, by key; filled in later, and looked up when an array is read.
-    storages  those that the pickle refers to.
+    storages  the storages that the pickle refers to.
     """
 
     def __init__(self, path: Path, places: dict[str, int]):
@@ -188,12 +189,12 @@ class _Tensors(Meanings):
         if known or text.endswith(CONFIG_SUFFIXES):
             return _Name(text)
         raise ValueError(
-            f"its pickle refers to {text}, which is not part of a model; the file is rejected: save model.state_dict() "
-            "alone with torch.save"
+            f"its pickle refers to {text}, which is not part of a model; the file is rejected: save only "
+            "model.state_dict() with torch.save"
         )
 
     def stored(self, identity: object) -> _Storage:
-        """The storage with a persistent id: ("storage", its class, its key, the device, the number of elements)."""
+        """The storage with this persistent id: ("storage", class, key, device, number of elements)."""
         is_storage = type(identity) is tuple and len(identity) >= 5 and identity[0] == "storage"
         if type(identity) is tuple and is_storage and identity[5:] in ((), (None,)):
             _, kind, key, _, count = identity[:5]
@@ -201,7 +202,7 @@ class _Tensors(Meanings):
                 storage = _Storage(key, STORAGES[kind.text], count)
                 self._storages[storage] = None
                 return storage
-        raise ValueError("its pickle describes a tensor's memory in a way that torch.save does not")
+        raise ValueError("its pickle describes a storage in a way that torch.save does not")
 
     def call(self, function: object, arguments: object) -> object:
         """The result of a call that a pickle requests. Nothing is called: this returns an equivalent object."""
@@ -220,7 +221,7 @@ class _Tensors(Meanings):
         return list(value.values.values()) if type(value) is Record else []
 
     def build(self, target: object, state: object) -> None:
-        """Set an object's attributes. Those of dictionaries (`_metadata` of a state dict) are ignored."""
+        """Set an object's attributes. Attributes of dictionaries (`_metadata` of a state dict) are ignored."""
         if type(target) is Record and type(state) is dict:
             target.values.update(state)
         elif type(target) is not dict:
@@ -228,8 +229,8 @@ class _Tensors(Meanings):
 
 
 def _tensor(arguments: tuple[object, ...], path: Path, places: dict[str, int]) -> Stored:
-    """A tensor: the elements of a storage starting at `offset`, in the given shape and strides. They must not
-    overlap, so that no tensor is larger than its file."""
+    """A tensor: the elements of a storage from `offset`, with the given shape and strides. Elements must not overlap,
+    so that no tensor is larger than its file."""
     storage, offset, shape, strides = arguments[:4]
     if (
         type(storage) is not _Storage
@@ -240,14 +241,14 @@ def _tensor(arguments: tuple[object, ...], path: Path, places: dict[str, int]) -
         raise ValueError("its pickle describes a tensor in a way that torch.save does not")
     if not _is_count(offset) or not all(map(_is_count, (*shape, *strides))):
         raise ValueError("it has a tensor whose offset, shape or strides are not non-negative integers")
-    reach = 0  # the largest offset along the axes so far
+    reach = 0  # the largest offset over the axes so far
     for stride, length in sorted(zip(strides, shape, strict=True)) if math.prod(shape) else ():
         if length > 1 and stride <= reach:
             raise ValueError("it has a tensor whose elements overlap")
         reach += stride * (length - 1)
     count = reach + 1 if math.prod(shape) else 0
     if offset + count > storage.count:
-        raise ValueError(f"it has a tensor that needs {offset + count:,} elements of a storage of {storage.count:,}")
+        raise ValueError(f"it has a tensor that needs {offset + count:,} elements; its storage has {storage.count:,}")
     size = np.dtype(storage.dtype).itemsize
 
     def read() -> np.ndarray:
@@ -262,20 +263,21 @@ def _is_count(number: object) -> TypeGuard[int]:
 
 
 def write_pickle(path: Path, tree: Mapping[str, object]) -> None:
-    """Write a file that torch.load(weights_only=True) reads: dicts, lists, tuples, text, numbers, and Stored arrays as
-    tensors. An array that occurs several times is stored once. Only one array is in memory at a time."""
+    """Write a file that torch.load(weights_only=True) can read. `tree` may contain dicts, lists, tuples, strings,
+    numbers, and Stored arrays, which become tensors. An array that occurs several times is stored once. Only one array
+    is in memory at a time."""
     storages: dict[int, tuple[str, Stored]] = {}
     program = b"\x80\x02" + _pickled(tree, storages) + b"."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (("data.pkl", program), ("byteorder", sys.byteorder.encode()), ("version", b"3\n")):
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980: equal models give equal files
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # dated 1980, for reproducible files
         for key, stored in storages.values():
             with archive.open(zipfile.ZipInfo(f"archive/data/{key}"), "w", force_zip64=True) as entry:
                 entry.write(np.ascontiguousarray(stored.read()).reshape(-1).view(np.uint8).data)
 
 
 def _pickled(value: object, storages: dict[int, tuple[str, Stored]]) -> bytes:
-    """The opcodes (protocol 2) that build a value. Adds the arrays in it to `storages`."""
+    """The opcodes (protocol 2) that build a value. The arrays in it are added to `storages`."""
 
     def each(values: Iterable[object]) -> bytes:
         return b"".join(_pickled(item, storages) for item in values)
@@ -312,15 +314,17 @@ def _pickled(value: object, storages: dict[int, tuple[str, Stored]]) -> bytes:
                 each([_Name(REBUILD_TENSOR)]) + b"(" + memory + each([0, value.shape, strides, False]) + hooks + b"tR"
             )
         case _:
-            raise TypeError(f"a PyTorch file: values of type {type(value).__name__} are not supported")
+            raise TypeError(f"write_pickle: values of type {type(value).__name__} are not supported")
 
 
 def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
-    """The config, if the file has one, and the parameters. The form of the config depends on the program that wrote it:
+    """The config, or None if the file has none, and the parameters. The form of the config depends on the program that
+    wrote the file:
 
-    a config.json (model_type)     gpt2.convert
-    model_args                     nanoGPT, which computes GELU's exact form
-    config, a pickled GPTConfig    build-nanogpt, GELU's tanh form and no dropout; nanoGPT's class has a dropout
+    a config.json with model_type  gpt2.convert
+    model_args                     nanoGPT, which uses exact GELU
+    config, a pickled GPTConfig    build-nanogpt, which uses GELU's tanh form and no dropout, or nanoGPT if it has
+                                   the field dropout
     """
     tree = read_pickle(file)
     if not isinstance(tree, dict):
@@ -348,8 +352,8 @@ def read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:
 
 
 def _state_dict(tree: dict[Any, Any]) -> dict[str, Stored]:
-    """The parameters: under one of STATE_DICTS, or the only dictionary of tensors, or all of `tree`. Raises ValueError
-    if there are none."""
+    """The parameters: the entry of `tree` under one of STATE_DICTS, or its only dictionary of tensors, or `tree`
+    itself. Raises ValueError if there are none."""
 
     def is_one(values: object) -> TypeGuard[dict[str, Stored]]:
         return (
@@ -364,14 +368,15 @@ def _state_dict(tree: dict[Any, Any]) -> dict[str, Stored]:
     if not is_one(stored):
         keys = ", ".join(map(printable, map(str, tree)))
         raise ValueError(
-            "it has no state dict, or several; expected a dictionary of tensors, or one under the key `model`; its "
+            "it has no state dict, or several; expected a dictionary of tensors, possibly under the key `model`; its "
             f"keys are {keys[:200]}"
         )
     return stored
 
 
 def _scalars(config: object) -> JsonObject:
-    """The numbers and strings of a config. Other values become the name of their type, which GPT2Config rejects."""
+    """The numbers and strings in a config. Any other value is replaced by the name of its type, which GPT2Config
+    rejects."""
     values = config.values if isinstance(config, Record) else config if isinstance(config, dict) else {}
     kinds = (str, int, float, type(None))
     scalars = {str(key): value if isinstance(value, kinds) else type(value).__name__ for key, value in values.items()}
@@ -381,7 +386,7 @@ def _scalars(config: object) -> JsonObject:
 
 
 def _parsed(text: object) -> JsonObject | None:
-    """The JSON object in a string; None for anything else."""
+    """The JSON object in a string, or None for anything else."""
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -390,10 +395,10 @@ def _parsed(text: object) -> JsonObject | None:
 
 
 def read_training(file: Path, config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
-    """The training state in a nanoGPT checkpoint, for a model of this config.
+    """The training state in a nanoGPT checkpoint, for a model with this config.
 
-    names  the parameters that its state dict has.
-    Raises ValueError if the file has no such state.
+    names  the names of the parameters in its state dict.
+    Raises ValueError if the file has no training state.
     """
     tree = read_pickle(file)
     if not isinstance(tree, dict):
@@ -402,9 +407,10 @@ def read_training(file: Path, config: GPT2Config, names: Mapping[str, object]) -
 
 
 def write(path: Path, config: GPT2Config, arrays: dict[str, Stored], state: TrainingState | None = None) -> None:
-    """Write a checkpoint that nanoGPT can load, with matrices as in nn.Linear, and our config, which has more settings.
+    """Write a checkpoint that nanoGPT can load, with matrices as in nn.Linear. It also contains our config, which has
+    more settings.
 
-    state  the training state, so that nanoGPT can resume the run.
+    state  the training state, with which nanoGPT can resume the run; optional.
     """
     named = {f"transformer.{name}": a.transposed() if is_matrix(name) else a for name, a in arrays.items()}
     sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": True}

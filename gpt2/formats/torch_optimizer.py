@@ -1,8 +1,8 @@
-"""What a nanoGPT checkpoint contains besides the parameters: AdamW's moments, the step and the best loss.
+"""The training state in a nanoGPT checkpoint: AdamW's moments, the step and the best loss.
 
-nanoGPT's AdamW has two groups: the parameters with two or more axes, which have weight decay, and the others. Its state
-dict numbers the parameters in this order, and within a group in the model's order. Moments have the layout of their
-parameters: matrices are (out, in), as in nn.Linear.
+nanoGPT's AdamW has two parameter groups: the parameters with two or more axes, which have weight decay, and the others.
+Its state dict numbers the parameters in this order, and within a group in the model's order. Moments have the layout of
+their parameters: matrices are (out, in), as in nn.Linear.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinygrad2.checkpoint import JsonObject
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EPS = 1e-8  # AdamW's eps in train.py
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before the first evaluation
-SETTINGS: JsonObject = {  # the other entries of a param group of torch.optim.AdamW
+SETTINGS: JsonObject = {  # the other entries of a parameter group of torch.optim.AdamW
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -32,14 +32,15 @@ SETTINGS: JsonObject = {  # the other entries of a param group of torch.optim.Ad
 
 @dataclass
 class TrainingState:
-    """The state of a run.
+    """The state of a training run.
 
-    step, best_val_loss  the number of completed steps, and the lowest validation loss, or None.
-    moments              AdamW's moments, under the names that tinygrad2.optim uses, exp_avg.NAME and exp_avg_sq.NAME,
-                         and in the layout of gpt2.model.GPT2.
-    optimizer_steps      the number of AdamW's steps.
+    step                 the number of completed steps.
+    best_val_loss        the lowest validation loss, or None.
+    moments              AdamW's moments, with the names in tinygrad2.optim, exp_avg.NAME and exp_avg_sq.NAME, and the
+                         layout of gpt2.model.GPT2.
+    optimizer_steps      the number of optimizer steps.
     learning_rate, betas, weight_decay   AdamW's settings.
-    options              nanoGPT's settings of the run, under their names there.
+    options              the settings of the run, with their names in nanoGPT.
     trainer              the contents of trainer.json, if train.py wrote the run.
     """
 
@@ -55,9 +56,9 @@ class TrainingState:
 
 
 def numbered(config: GPT2Config, names: Mapping[str, object] | None = None) -> tuple[list[str], list[str]]:
-    """The parameters in the order of nanoGPT's AdamW: those with weight decay, and the others.
+    """The names of the parameters in the order of nanoGPT's AdamW: those with weight decay, and the others.
 
-    names  the parameters that the model has, if some (biases) are missing.
+    names  the parameters of the model, if some (biases) are missing.
     """
     shapes = {name: shape for name, shape in config.shapes() if names is None or name in names}
     return [n for n, shape in shapes.items() if len(shape) > 1], [n for n, shape in shapes.items() if len(shape) == 1]
@@ -91,10 +92,10 @@ def pack(config: GPT2Config, state: TrainingState) -> JsonObject:
 
 
 def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, object]) -> TrainingState:
-    """The state in a nanoGPT checkpoint, for a model of this config.
+    """The state in a nanoGPT checkpoint, for a model with this config.
 
-    names  the parameters that its state dict has; the moments of the others are zero.
-    Raises ValueError if it has no AdamW state with nanoGPT's two groups, or if a shape is wrong.
+    names  the parameters in its state dict; the moments of other parameters are zero.
+    Raises ValueError if it has no AdamW state with nanoGPT's two parameter groups, or if a shape is wrong.
     """
     step = _number(tree.get("iter_num"), "iter_num")
     optimizer = tree.get("optimizer")
@@ -107,13 +108,13 @@ def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, obje
         raise ValueError("it has no optimizer state; expected nanoGPT's entry `optimizer`")
     if [group.get("params") for group in groups] != expected:
         raise ValueError(
-            f"its optimizer has {len(groups)} groups of parameters; expected nanoGPT's two, of {len(decay)} and "
-            f"{len(others)}"
+            f"its optimizer has {len(groups)} parameter groups; expected nanoGPT's two groups, with {len(decay)} and "
+            f"{len(others)} parameters"
         )
     for group in groups:
         for name, value in (("amsgrad", False), ("maximize", False), ("eps", EPS)):
             if group.get(name, value) != value:
-                raise ValueError(f"its optimizer has {name} {group[name]}; train.py's AdamW has {value}")
+                raise ValueError(f"its optimizer has {name} {group[name]}; expected {value}, as in train.py's AdamW")
     shapes = dict(config.shapes())
     moments = {f"{kind}.{name}": _zeros(shape) for kind in MOMENTS for name, shape in shapes.items()}
     steps = {0}
@@ -121,7 +122,7 @@ def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, obje
         if states:  # (empty before the first step)
             state = states.get(i)
             if not isinstance(state, dict):
-                raise ValueError(f"its optimizer has no state of parameter {i}, {name}")
+                raise ValueError(f"its optimizer has no state for parameter {i}, {name}")
             steps.add(round(_number(state.get("step"), "step")))
             for kind in MOMENTS:
                 moments[f"{kind}.{name}"] = _moment(state.get(kind), f"{kind} of {name}", shapes[name], is_matrix(name))
@@ -139,7 +140,7 @@ def unpack(tree: Mapping[str, Any], config: GPT2Config, names: Mapping[str, obje
 
 
 def _moment(stored: object, what: str, shape: tuple[int, ...], transposed: bool) -> Stored:
-    """A moment in the layout of gpt2.model.GPT2; rows of a padded vocabulary are dropped, as in the weights."""
+    """A moment in the layout of gpt2.model.GPT2. The rows of padded tokens are dropped, as in the weights."""
     if not isinstance(stored, Stored):
         raise ValueError(f"its optimizer has no {what}")
     stored = stored.transposed() if transposed else stored
@@ -159,7 +160,7 @@ def _number(value: object, what: str) -> float:
     if isinstance(value, Stored) and value.shape == ():
         value = value.read().item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 53:
-        raise ValueError(f"its {what} is {type(value).__name__} {str(value)[:40]}; expected a number of 0 or more")
+        raise ValueError(f"its {what} is {type(value).__name__} {str(value)[:40]}; expected a non-negative number")
     return value
 
 
@@ -171,4 +172,4 @@ def _best(value: object) -> float | None:
 def _betas(value: object) -> tuple[float, float]:
     if isinstance(value, tuple | list) and len(value) == 2:
         return _number(value[0], "beta1"), _number(value[1], "beta2")
-    raise ValueError("its optimizer has no betas; expected those of AdamW")
+    raise ValueError("its optimizer has no betas; expected AdamW's two betas")

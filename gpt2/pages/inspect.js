@@ -1,12 +1,12 @@
-// The views of one text. inspector(root, data) fills the markup of inspect.html in `root` with the results of
-// gpt2.inspect, and may be called again with other data. All text is set as textContent, so it is never parsed.
+// The views of a text. inspector(root, data) fills the markup of inspect.html in `root` with the results of
+// gpt2.inspect, and may be called again with other data. All text is set as textContent, so it is never parsed as HTML.
 
 const KIND_CLASS = { previous: "c0", first: "c1", word: "c2", same: "c3", induction: "c5", itself: "c6", spreads: "spreads" };
-const MOST_BITS = 10; // the surprise that gets the strongest colour
+const MOST_BITS = 10; // the surprise that is shown in the strongest colour
 const LENS_COLUMNS = 128; // maximum number of columns in the logit lens, around the selected token
 const SMALL = 44; // maximum number of rows in a small map
-const AXIS_LABELS = 24; // maximum number of tokens to label along a map
-const SHORT = 40; // up to this many tokens, all are shown among the arcs, in larger letters
+const AXIS_LABELS = 24; // maximum number of tokens to label along the axes of a map
+const SHORT = 40; // maximum number of tokens in a short text, which is shown in larger type, with all tokens below the arcs
 
 let redraw = () => {};
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
@@ -32,7 +32,7 @@ function inspector(root, data) {
 // The data
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The data, as the views read it. Tokens t, layers and heads are counted from 0; head H is the mean of a layer's heads.
+// Converts the data for the views. Tokens t, layers and heads are counted from 0; head H is the mean of a layer's heads.
 function reader(data) {
   const T = data.tokens.length, { layers: L, heads: H } = data.model, attention = data.attention;
   const choices = { ids: unpack(data.choices.ids), p: unpack(data.choices.p), count: data.choices.ids.shape[1] };
@@ -53,7 +53,7 @@ function reader(data) {
     raw: (t) => label(data.tokens[t]),
     name: (t) => `\u201c${shown(label(data.tokens[t]))}\u201d`,
     id: (id) => shown(label(id)),
-    // The most probable tokens at position t, which the model predicted from the tokens before it: [[id, p]].
+    // The most probable tokens at position t, predicted from the tokens before it: [[id, p]].
     choices: (t) => Array.from({ length: t ? choices.count : 0 }, (_, i) => {
       const at = (t - 1) * choices.count + i;
       return [choices.ids[at], choices.p[at]];
@@ -61,7 +61,7 @@ function reader(data) {
     lens: (layer, t) => [lens.ids[layer * T + t], lens.p[layer * T + t]],
     kind: (layer, head) => (head === H ? "mean" : attention.heads[layer][head].kind),
     measures: (layer, head) => attention.heads[layer][head],
-    // The keys that query t attends to, strongest first: [[key, weight]]; for a long text, only the strongest.
+    // The keys that query t attends to, strongest first: [[key, weight]]. For a long text, only the strongest.
     links(layer, head, t) {
       const at = layer * (H + 1) + head;
       const pairs = attention.exact
@@ -117,8 +117,8 @@ function drawn(tag, attributes, ...children) {
   return element;
 }
 
-// Makes the options of a list accessible by keyboard: one of them has the focus, and the arrow keys move it.
-// steps  how far each key moves.
+// Makes the options of a list accessible by keyboard: the arrow keys move the focus from one option to another.
+// steps  the number of options by which each key moves the focus.
 function keyboard(list, options, steps, chosen) {
   list.onkeydown = (event) => {
     const at = options.indexOf(document.activeElement);
@@ -139,7 +139,7 @@ function mark(options, at) {
   });
 }
 
-// Scrolls a box, not the page, so that an element in it is visible.
+// Scrolls a box so that an element in it is visible, without scrolling the page.
 function show(box, element) {
   const outer = box.getBoundingClientRect(), inner = element.getBoundingClientRect();
   if (inner.left < outer.left || inner.right > outer.right)
@@ -150,7 +150,7 @@ function show(box, element) {
 
 const mono = (text, kind = "") => make("span", { class: `mono ${kind}` }, text);
 
-// Rows of a name, a bar and a probability.
+// Rows that consist of a name, a bar and a probability.
 function bars(rows) {
   const most = Math.max(...rows.map(([, p]) => p), 1e-9);
   return make("div", { class: "bars" }, ...rows.flatMap(([name, p, actual]) => {
@@ -178,13 +178,13 @@ function titleView(text, part) {
   part("tiles").replaceChildren(
     tile("tokens", number(T), `of at most ${number(model.context)}, the model's context`),
     tile("bits per byte", data.bits_per_byte === null ? "-" : data.bits_per_byte.toFixed(2),
-         T > 1 ? "mean surprise per byte of the text; uniform guessing has 8" : "one token: nothing is predicted"),
+         T > 1 ? "mean surprise per byte of the text; uniform guessing gives 8" : "one token: nothing is predicted"),
     tile("most surprising", T > 1 ? text.name(most) : "-", T > 1 ? `token ${most + 1}, ${bits.toFixed(1)} bits` : ""),
   );
   const generated = T - data.prompt;
   part("notes").textContent = [
     ...(data.notes ?? []),
-    generated ? `The model itself generated ${data.prompt ? `the last ${number(generated)} tokens` : "this text"}.` : "",
+    generated ? `The model generated ${data.prompt ? `the last ${number(generated)} tokens` : "this text"} itself.` : "",
   ].filter(Boolean).join(" ");
   return () => {};
 }
@@ -213,7 +213,7 @@ function textView(text, part, choose) {
   };
 }
 
-// The tokens, with a line break after each newline. The tokens of a word are grouped, so that lines break between words.
+// The tokens, with a line break after each newline. The tokens of a word are grouped, so that lines wrap between words.
 function lines(text, options) {
   const groups = [];
   let group = null;
@@ -230,25 +230,25 @@ function lines(text, options) {
 // What the model expected at token t.
 function expected(text, t) {
   const { data } = text, title = make("h3", {}, `Token ${t + 1}: `, mono(text.name(t)));
-  if (!t) return [title, make("p", {}, "The first token: there is nothing before it to predict it from.")];
+  if (!t) return [title, make("p", {}, "The first token is not predicted, because there are no tokens before it.")];
   const p = 2 ** -data.surprise[t], own = data.tokens[t], rows = text.choices(t).map(([id, p]) => [text.id(id), p, id === own]);
   if (!rows.some(([, , actual]) => actual)) rows.push([text.id(own), p, true]);
   const first = data.rank[t] === 1 ? "It was the first choice" : `It was choice ${number(data.rank[t])}`;
   const about = make("div", {}, title, make("p", {}, `Surprise ${data.surprise[t].toFixed(2)} bits: the model gave it ` +
     `${percent(p)}. ${first} of ${number(data.model.vocabulary)} possible tokens.`));
-  const tokens = make("div", {}, make("h4", {}, "Expected here, one token"), bars(rows)), words = expectedWords(text, t);
+  const tokens = make("div", {}, make("h4", {}, "Expected token"), bars(rows)), words = expectedWords(text, t);
   return words.likely ? [about, ...words.shown, tokens] : [about, tokens, ...words.shown];
 }
 
-// What the model expected instead of the whole word that contains token t; `likely` if it expected a word at all.
+// What the model expected instead of the word that contains token t; `likely` is whether it expected a word at all.
 function expectedWords({ data, label }, t) {
   const [start, word] = Object.entries(data.words).find(([at, place]) => +at <= t && t < place.end) ?? [];
   if (!word) return { likely: false, shown: [] };
   const actual = data.tokens.slice(+start, word.end).map(label).join("").trim(), likely = word.begins >= 0.5;
   const rows = word.words.map(([name, p]) => [name, p, name === actual]);
   if (!rows.some(([, , same]) => same)) rows.push([actual, word.p, true]);
-  const title = likely ? `Expected here, a whole word (the text has \u201c${actual}\u201d)`
-    : `Expected words where \u201c${actual}\u201d begins (any word had only ${percent(word.begins)})`;
+  const title = likely ? `Expected word (the text has \u201c${actual}\u201d)`
+    : `Expected words where \u201c${actual}\u201d begins (all words together had only ${percent(word.begins)})`;
   return { likely, shown: [make("div", {}, make("h4", {}, title), bars(rows))] };
 }
 
@@ -256,7 +256,7 @@ function expectedWords({ data, label }, t) {
 // Attention
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Draws a map in the colour of the canvas: more attention is more opaque; later keys have the colour of the page.
+// Draws a map in the colour of the canvas: more attention is more opaque. Later keys have the colour of rules.
 function draw(canvas, map) {
   const { size, weight } = map, style = getComputedStyle(canvas);
   const rgb = (name) => {
@@ -276,7 +276,7 @@ function draw(canvas, map) {
   context.putImageData(image, 0, 0);
 }
 
-// A map of at most SMALL rows: each square has the largest weight of a group, so that thin lines remain visible.
+// A map with at most SMALL rows: each square shows the largest weight of a group, so that thin lines remain visible.
 function small({ size, weight }) {
   const group = Math.ceil(size / SMALL), smaller = Math.ceil(size / group);
   return { size: smaller, weight(i, j) {
@@ -309,10 +309,10 @@ function mapsView(text, part, choose) {
   select.onchange = () => choose({ order: select.value });
   part("kinds").replaceChildren(...[...kinds, "spreads"].map((kind) =>
     make("span", { class: KIND_CLASS[kind] }, kindName(text, kind))), make("span", { class: "mean" }, "mean over the heads"));
-  part("maps-note").textContent = "The colour of a map shows what its head mostly does on this text. " +
-    (text.exact ? "" : `The text has more than 128 tokens: each map is an overview of ${data.attention.grid} x ` +
-      `${data.attention.grid} groups of tokens, and only the 8 largest weights of every token are kept, each rounded to 1/255. `) +
-    (text.T < 32 ? "A short text gives only a hint; a longer one says more." : "");
+  part("maps-note").textContent = "The colour of a map shows the main pattern of its head on this text. " +
+    (text.exact ? "" : `The text has more than 128 tokens, so each map is an overview of ${data.attention.grid} x ` +
+      `${data.attention.grid} groups of tokens, and only the 8 largest weights of each token are kept, rounded to 1/255. `) +
+    (text.T < 32 ? "A short text gives only a hint; a longer text is more reliable." : "");
   const marked = (order) => (head) => (order === "spreads" ? head.spread : (head[order]?.[0] ?? -1));
   let arranged = null, options = [];
   const arrange = (order) => {
@@ -348,20 +348,20 @@ function mapsView(text, part, choose) {
   };
 }
 
-// What a head does, in words.
+// Describes a head in words.
 function description(text, layer, head) {
   if (head === text.H) return [make("p", {}, "The mean of the attention of all heads of this layer.")];
   const measured = text.measures(layer, head), kind = measured.kind;
   const dot = make("i", { class: `dot ${kindClass(kind)}` }), [id, share, even] = measured.most;
-  const most = text.T < 2 ? "" : ` Over the whole text it prefers \u201c${text.id(id)}\u201d, which gets ${percent(share)} of its attention ` +
-    `(evenly: ${percent(even)}).`;
+  const most = text.T < 2 ? "" : ` In the entire text, it prefers \u201c${text.id(id)}\u201d, which gets ${percent(share)} of its attention ` +
+    `(${percent(even)} if attention were uniform).`;
   if (kind === "spreads")
-    return [make("p", {}, dot, make("strong", {}, "Spreads: "), `no single pattern stands out on this text. Its attention is ` +
+    return [make("p", {}, dot, make("strong", {}, "Spreads: "), `no single pattern stands out on this text. The attention is ` +
       `spread over about ${measured.spread.toFixed(1)} tokens.${most}`)];
   const [part, chance, queries] = measured[kind], [name, what] = text.data.patterns[kind];
   return [make("p", {}, dot, make("strong", {}, `${name[0].toUpperCase()}${name.slice(1)}: `),
-    `it looks at ${what}. ${percent(part)} of its attention goes there; uniform attention would be ${percent(chance)}. ` +
-    `Measured on ${number(queries)} token${queries === 1 ? "" : "s"} of this text.${most}`)];
+    `it looks at ${what}. ${percent(part)} of its attention goes there; it would be ${percent(chance)} if attention were ` +
+    `uniform. Measured on ${number(queries)} token${queries === 1 ? "" : "s"} of this text.${most}`)];
 }
 
 function measureTable(text, layer, head) {
@@ -379,9 +379,9 @@ function headView(text, part, choose) {
   return (state) => {
     const { layer, head, token } = state, map = text.map(layer, head), kind = kindClass(text.kind(layer, head));
     const canvas = make("canvas", { class: kind, role: "img",
-      "aria-label": "The enlarged map; the sentences and arcs below describe it." });
+      "aria-label": "The enlarged map, which the sentences and arcs below describe." });
     const readout = make("p", { class: "readout" });
-    const rest = () => { readout.textContent = "Point at the map to read a weight; click it to select the token of that row."; };
+    const rest = () => { readout.textContent = "Point at the map to read a weight, or click it to select the token in that row."; };
     const cell = (event) => {
       const box = canvas.getBoundingClientRect();
       const along = (value, size) => Math.max(0, Math.min(map.size - 1, Math.floor((value / size) * map.size)));
@@ -445,14 +445,14 @@ function arcsView(text, part, choose) {
   };
 }
 
-// A sentence about the tokens that a head looks at from the selected one.
+// A sentence about the tokens that a head looks at from the selected token.
 function sentence(text, { layer, head, token }, links) {
   const who = head === text.H ? `the heads of layer ${layer + 1} together look` : `head ${head + 1} of layer ${layer + 1} looks`;
   const place = ([key, weight]) => `${key === token ? "itself" : `${text.name(key)} (token ${key + 1})`} ${percent(weight)}`;
   const begin = `From ${text.name(token)} (token ${token + 1}), ${who} `;
   if (!token) return [begin, "only at itself, since it is the first token."];
   const [first, ...rest] = links.filter(([, weight]) => weight >= 0.01).slice(0, 5);
-  if (!first) return [begin, "at no token with 1% or more."];
+  if (!first) return [begin, "at no token with a weight of 1% or more."];
   return [begin, "most at ", make("strong", {}, place(first)), rest.length ? `, then at ${rest.map(place).join(", ")}.` : "."];
 }
 
@@ -481,8 +481,8 @@ function lensView(text, part, choose) {
     })));
     const next = (t) => (t + 1 < T ? text.id(text.data.tokens[t + 1]) : "");
     box.replaceChildren(make("table", { class: "lens" },
-      make("thead", {}, row("after", all.map((t) => cell(t, "head", text.id(text.data.tokens[t]), { scope: "col" })))),
-      make("tbody", {}, ...body), make("tfoot", {}, row("in the text", all.map((t) => cell(t, "cell", next(t)))))));
+      make("thead", {}, row("token", all.map((t) => cell(t, "head", text.id(text.data.tokens[t]), { scope: "col" })))),
+      make("tbody", {}, ...body), make("tfoot", {}, row("next in the text", all.map((t) => cell(t, "cell", next(t)))))));
   };
   return ({ token }) => {
     if (first < 0 || token < first || token >= first + columns.length) build(token);
@@ -493,10 +493,10 @@ function lensView(text, part, choose) {
     let since = L;
     while (since > 0 && text.lens(since - 1, token)[0] === final) since--;
     const says = (layer) => `\u201c${text.id(text.lens(layer, token)[0])}\u201d (${percent(text.lens(layer, token)[1])})`;
-    const when = since === L ? `${L > 1 ? `Layer ${L - 1}` : "The embedding alone"} would say ${says(L - 1)}.`
-      : `It has predicted this since ${since ? `layer ${since}, with ${percent(text.lens(since, token)[1])}` : "the embedding, before any layer"}.`;
-    hint.textContent = `After ${text.name(token)} (token ${token + 1}) the model predicts ${says(L)}. ${when}` +
-      (T > LENS_COLUMNS ? ` ${LENS_COLUMNS} of ${number(T)} tokens are shown, around the selected one.` : "");
+    const when = since === L ? `${L > 1 ? `Layer ${L - 1}` : "The embedding alone"} would predict ${says(L - 1)}.`
+      : `It predicts this from ${since ? `layer ${since} on, with ${percent(text.lens(since, token)[1])} there` : "the embedding on, before any layer"}.`;
+    hint.textContent = `After ${text.name(token)} (token ${token + 1}), the model predicts ${says(L)}. ${when}` +
+      (T > LENS_COLUMNS ? ` The table shows the ${LENS_COLUMNS} of ${number(T)} tokens around the selected one.` : "");
   };
 }
 
@@ -530,7 +530,7 @@ function sizesView(text, part) {
     grid.push(drawn("text", { class: "axis-title", x: "4%", y: "0", dy: "-.75em" }, "size (root mean square)"),
       drawn("text", { class: "axis-title", x: "98%", y: "100%", dy: "3em", "text-anchor": "end" }, "layer \u2192"));
     box.replaceChildren(drawn("svg", { class: "chart", role: "img", "aria-label": "Size by layer" }, ...grid, lines, ...dots));
-    part("sizes-text").textContent = `Solid: the median over the tokens. Dotted: the chosen token ${text.name(token)} ` +
+    part("sizes-text").textContent = `Solid lines: the median over the tokens. Dotted lines: the selected token ${text.name(token)} ` +
       `(token ${token + 1}).`;
   };
 }

@@ -1,4 +1,4 @@
-// The values at the pointer: the nearest row of the figure's table.
+// Shows the values at the pointer, from the nearest row of the figure's table.
 for (const figure of document.querySelectorAll("figure")) {
   const plot = figure.querySelector(".plot"), cross = plot.querySelector(".cross");
   const readout = figure.querySelector(".readout"), rows = [...figure.querySelectorAll("tbody tr")];

@@ -1,12 +1,12 @@
-// The live page: streams a text from the server, lets the reader choose another token, and shows the inspector
-// (inspect.js) next to a complete text. All text is set as textContent, so it is never parsed.
+// The live page: streams a text from the server, lets the user choose another token, and shows the inspector
+// (inspect.js) next to a complete text. All text is set as textContent, so it is never parsed as HTML.
 
 const about = JSON.parse(document.querySelector("#data").textContent);
 const play = (name) => document.querySelector(`[data-play="${name}"]`);
 const view = document.querySelector(".inspector"), beside = document.querySelector(".beside");
 const FIELDS = ["prompt", "temperature", "top_k", "top_p", "seed", "max_tokens"];
 
-// The text: ids of the prompt, and the pieces that were generated, each { text, tokens, element }.
+// The text: the ids of the prompt, and the generated pieces, each { text, tokens, element }.
 const text = { given: [], dropped: 0, pieces: [] };
 let running = null; // the AbortController of the stream
 let inspecting = null; // the AbortController of the inspector's request
@@ -63,7 +63,7 @@ async function* lines_of(response) {
   }
 }
 
-// Generates from a prompt (text or ids). `fresh` begins a new text; otherwise the pieces so far are kept.
+// Generates from a prompt (text or ids). `fresh` begins a new text; otherwise the existing pieces are kept.
 async function stream(prompt, fresh) {
   running?.abort();
   inspecting?.abort();
@@ -90,9 +90,9 @@ async function stream(prompt, fresh) {
       const seconds = (performance.now() - began) / 1000;
       play("count").textContent = `${tokensSaid(count)}, ${number(Math.round(count / seconds))} per second`;
     }
-    finished(text.pieces.at(-1)?.finish === "stop" ? "The model ended its text here." : "", count);
+    finished(text.pieces.at(-1)?.finish === "stop" ? "The model ended the text here." : "", count);
   } catch (error) {
-    if (running !== mine) return; // another text has begun
+    if (running !== mine) return; // another stream has started
     if (error.name === "AbortError") finished("Stopped.", count);
     else failed(error);
   } finally {
@@ -109,7 +109,7 @@ function failed(error) {
 }
 
 function finished(how, count) {
-  const cut = text.dropped ? `The prompt's first ${tokensSaid(text.dropped)} were omitted: the model reads only ${number(about.context)}.` : "";
+  const cut = text.dropped ? `The first ${tokensSaid(text.dropped)} of the prompt were omitted: the model reads at most ${number(about.context)}.` : "";
   say([how || `${tokensSaid(count)} added.`, cut, "Select a token to see its alternatives."].filter(Boolean).join(" "));
   look();
 }
@@ -127,7 +127,7 @@ function add(piece) {
   const box = play("text"), atEnd = box.scrollTop + box.clientHeight > box.scrollHeight - 40;
   const index = text.pieces.length, [token] = piece.tokens;
   text.pieces.push(piece);
-  if (!token) return box.append(piece.text); // remaining text without its own token
+  if (!token) return box.append(piece.text); // the remaining text, which has no token of its own
   const ended = piece.finish === "stop", bits = -(token.logprob ?? 0) / Math.LN2;
   piece.element = make("span", {
     class: ended ? "piece end" : "piece", role: "option", "aria-selected": "false", tabindex: index ? -1 : 0,
@@ -204,7 +204,7 @@ play("alternatives").addEventListener("keydown", (event) => {
   }
 });
 
-// Replaces a piece by another token and continues from there.
+// Replaces a piece with another token, and continues from there.
 function take(index, id, label, logprob, characters) {
   const { top } = text.pieces[index].tokens[0];
   running?.abort();

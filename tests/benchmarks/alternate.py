@@ -1,13 +1,14 @@
 """Interleaved measurements of several programs, for the CPU benchmarks in this folder.
 
-On a shared machine, measurements at different times compare the load as much as the programs. So every contender has
-its own process, which is kept, and in each round they do the same task one after the other: A B C, A B C. Only ratios
-within a round are compared. A contender answers only when its threads sleep, and then blocks in a read until its next
-turn, so that no thread pool computes or spins while another program is measured.
+On a shared machine, the results of two separate measurements depend on the load as much as on the programs. So every
+contender has its own process, which stays alive, and in each round all contenders run the same task in turn: A B C,
+A B C. Only ratios within a round are compared. A contender returns a result only after its threads have gone to sleep,
+and then blocks on a read until its next turn, so that no thread pool computes or spins while another program is
+measured.
 
-The machine's limits (a matrix product, reading and copying memory) are measured in the same rounds.
+The machine's limits (matrix products, reading and copying memory) are measured in the same rounds.
 
-No large package is imported here, so that the peak memory is the contender's own.
+This module imports no large package, so that the peak memory is that of the contender alone.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-MATRIX, BUFFER = 3072, 1 << 29  # size of the square product, and bytes of memory, that measure the machine's limits
+MATRIX, BUFFER = 3072, 1 << 29  # for the machine's limits: rows of the square matrices, and bytes to read or copy
 LIMITS = "the machine's limits"
-MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "bfloat16, tinygrad2", "read", "copy")  # the tasks that measure them
-SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # of the environment, which can slow a library down: removed
+MACHINE = ("sgemm, NumPy", "sgemm, tinygrad2", "bfloat16, tinygrad2", "read", "copy")  # the tasks that measure LIMITS
+SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # environment variables that can slow a library down; removed
 PACKAGES = ("numpy", "numba", "mkl", "onednn-cpu-gomp", "torch", "transformers", "ctranslate2")
 
-Tasks = dict[str, Callable[[], float]]  # by name, functions that do a task once and return the seconds that it took
+Tasks = dict[str, Callable[[], float]]  # name -> function that runs the task once and returns its time in seconds
 
 
 class Work(NamedTuple):
@@ -53,9 +54,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One program: make(*arguments), called in its own process, returns its tasks.
+    """One program. make(*arguments) is called in the program's own process and returns its tasks.
 
-    peer  whether it is another project's program, to compare with.
+    peer  True for another project's program, which ours is compared with.
     """
 
     name: str
@@ -66,15 +67,15 @@ class Contender:
 
 
 def slug() -> str:
-    """The processor and today's date, for the name of a file: results are kept by processor."""
+    """The processor and today's date, for the name of a result file: results are stored per processor."""
     from tinygrad2.machine import processor_model
 
-    words = processor_model().rsplit(" ", 1)[0]  # without the checksum of its instructions
+    words = processor_model().rsplit(" ", 1)[0]  # without the checksum of the instruction sets
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{datetime.date.today().isoformat()}"
 
 
 def timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """Wrap a function so that it returns the seconds that it took."""
+    """Wrap a function so that it returns its time in seconds."""
 
     def call() -> float:
         started = time.perf_counter()
@@ -85,7 +86,7 @@ def timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def warm(task: Callable[[], float]) -> Callable[[], float]:
-    """Run a task twice and return the seconds of the second time: the system may have taken unused pages away."""
+    """Run a task twice and return the time of the second run: the system may have reclaimed unused pages."""
 
     def call() -> float:
         task()
@@ -95,7 +96,7 @@ def warm(task: Callable[[], float]) -> Callable[[], float]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of the installed packages among these."""
+    """The versions of those of the given packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -103,7 +104,7 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-# In a contender's process ---------------------------------------------------------------------------------------------
+# In the process of a contender ----------------------------------------------------------------------------------------
 
 _tasks: Tasks = {}
 
@@ -121,7 +122,7 @@ def _begin(make: Callable[..., Tasks], arguments: tuple) -> None:
 
 
 def _measure(task: str, least: float) -> float:
-    """The median of the seconds that the task takes, repeated until `least` seconds have passed."""
+    """The median time of the task in seconds; it is repeated until `least` seconds have passed."""
     seconds = [_tasks[task]()]
     while sum(seconds) < least:
         seconds.append(_tasks[task]())
@@ -130,7 +131,7 @@ def _measure(task: str, least: float) -> float:
 
 
 def _settle() -> None:
-    """Wait, with a limit, until no thread of this process computes, since many threads spin before they sleep."""
+    """Wait (with a time limit) until all threads of this process are idle: many thread pools spin before they sleep."""
     for _ in range(100):
         before = time.process_time()
         time.sleep(0.02)
@@ -139,7 +140,7 @@ def _settle() -> None:
 
 
 def peak_memory() -> int:
-    """The peak memory of this process in bytes. (On Linux ru_maxrss would include that of the parent at the fork.)"""
+    """The peak memory of this process in bytes. (On Linux, ru_maxrss would include the parent's memory at the fork.)"""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
@@ -147,8 +148,8 @@ def peak_memory() -> int:
 
 
 def limits(count: int, matrix: int, nbytes: int) -> Tasks:
-    """The contender that measures the machine's limits: float32 products with two libraries, bfloat16 products (without
-    instructions for them, by the slower path of float32), memory read and copied."""
+    """The contender that measures the machine's limits: float32 products with two libraries, bfloat16 products (in
+    float32 if the processor has no bfloat16 instructions), and reading and copying memory."""
     import numpy as np
 
     from tinygrad2 import threads
@@ -180,11 +181,11 @@ def limits(count: int, matrix: int, nbytes: int) -> Tasks:
     return dict(zip(MACHINE, map(warm, map(timed, passes)), strict=True))
 
 
-# In the process that measures -----------------------------------------------------------------------------------------
+# In the measuring process ---------------------------------------------------------------------------------------------
 
 
 def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
-    """A new process, which exits silently on Ctrl-C."""
+    """A new worker process, which exits silently on Ctrl-C."""
     return stack.enter_context(
         ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
@@ -207,9 +208,9 @@ class Measured(NamedTuple):
 
 
 def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) -> Measured:
-    """Run every task in every round, one contender after the other, each for at least `least` seconds at a time.
+    """Run every task in every round, one contender after the other, for at least `least` seconds per turn.
 
-    A contender that fails is excluded from then on; its earlier results are kept.
+    A contender that fails is excluded from the remaining turns; its earlier results are kept.
     """
     from tqdm import tqdm
 
@@ -220,7 +221,7 @@ def alternate(contenders: Sequence[Contender], rounds: int, least: float = 0.0) 
         processes: dict[str, ProcessPoolExecutor] = {}
 
         def ask(contender: Contender, function: Callable, *arguments: Any) -> Any:
-            """The result from the program's process, or None if it fails or has failed."""
+            """The result from the contender's process, or None if this call or an earlier one failed."""
             bar.set_description(contender.name)
             try:
                 if contender.name not in found.errors:
@@ -253,15 +254,15 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def compared(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Our speedup, over the rounds that both have completed."""
+    """Our speedup over theirs, from the rounds that both completed."""
     return spread(b / a for a, b in zip(ours, theirs, strict=False))
 
 
 def figures(contenders: Sequence[Contender], found: Measured) -> dict[str, Any]:
     """Derived figures: rates, their fractions of the machine's limits, and ratios to each peer.
 
-    The limits are medians over the rounds, for products that of the faster library. Memory rates are compared with the
-    rate of reading or copying; work that fits into caches may exceed it.
+    A limit is the median over the rounds; for float32 products, the median of the faster library. Memory rates are
+    compared with the rate of reading or copying; a task whose data fits into the caches may exceed it.
     """
     work = {contender.name: contender.works for contender in contenders}
     rate = {
@@ -317,7 +318,7 @@ def table(record: dict[str, Any]) -> list[str]:
     return lines + [f"FAILED  {name}: {error}" for name, error in record["errors"].items()]
 
 
-# Heading, width, and the text of a contender's figure for one task; columns without figures are omitted.
+# Heading, width, and a function that formats the figure of one contender and task; empty columns are omitted.
 COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
     ("median ms", 12, lambda e: f"{1e3 * e['median']:,.3f}"),
     ("min", 11, lambda e: f"{1e3 * e['min']:,.3f}"),
@@ -332,7 +333,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str | None]], ...] = (
 
 
 def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The heading and one line per contender, ours with the ratio to the fastest peer."""
+    """The heading and one line per contender. Our lines end with the ratio to the fastest peer."""
     columns = [column for column in COLUMNS if any(column[2](entry) for entry in by_name.values())]
     yield f"{task:<28}" + "".join(f"{heading:>{width}}" for heading, width, _ in columns)
     for name, entry in by_name.items():
@@ -347,7 +348,7 @@ def _rows(task: str, by_name: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def command(main: Callable[[], int]) -> int:
-    """Call main(), with one line instead of a traceback for errors and Ctrl-C."""
+    """Call main(). For errors and Ctrl-C, print one line instead of a traceback."""
     try:
         return main()
     except (ValueError, OSError, BrokenExecutor) as error:
@@ -359,7 +360,7 @@ def command(main: Callable[[], int]) -> int:
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have in common."""
+    """A parser with the options that all benchmarks have in common."""
     from gpt2.console import Parser
     from tinygrad2 import threads
 
@@ -374,14 +375,14 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """The integer value of an option, at least 1."""
+    """Parse the integer value of an option, which must be at least 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"is {value}; expected 1 or more")
     return value
 
 
 def new_file(text: str) -> Path:
-    """The file of an option, in an existing folder."""
+    """Parse the file name of an option; its folder must exist."""
     if not (path := Path(text)).parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}/")
     return path
@@ -390,15 +391,15 @@ def new_file(text: str) -> Path:
 def report(
     name: str, options: argparse.Namespace, contenders: Sequence[Contender], least: float = 0.0, **more: Any
 ) -> int:
-    """Measure, write the JSON and print the table. Returns 0 if nothing failed, else 1.
+    """Measure, write the JSON file and print the table. Returns 0 if nothing failed, else 1.
 
-    name  the name of the benchmark, for the file.  more  additional entries of the record.
+    name  the name of the benchmark, used in the file name.  more  additional entries of the record.
     """
     from tinygrad2.machine import processor_model
 
     removed = {name: os.environ.pop(name) for name in SETTINGS if os.environ.get(name)}
     if removed:
-        print(f"for all: {' '.join(f'{name}={value}' for name, value in removed.items())} removed from the environment")
+        print(f"removed from the environment: {' '.join(f'{name}={value}' for name, value in removed.items())}")
     product = Work(flops=2 * MATRIX**3)
     works = dict(
         zip(MACHINE, (product, product, product, Work(read=BUFFER), Work(read=BUFFER, written=BUFFER)), strict=True)

@@ -1,8 +1,8 @@
 """Does bfloat16 train as float32 does on a CPU? python tests/benchmarks/bfloat16.py [--preset gpt2] [--json FILE]
 
-Trains twice with the same options on the documentation inside Python: 300 steps of nano (bytes), or 60 of gpt2 (GPT-2's
-vocabulary, one sequence of 1,024 tokens a step). Compared are the training loss, smoothed over 20 steps, and the final
-validation loss. The limits are 1 % and 0.5 %.
+Trains twice with the same options on the documentation that ships with Python: 300 steps of nano (bytes), or 60 of gpt2
+(GPT-2's vocabulary, one sequence of 1,024 tokens per step). Compares the training losses, smoothed over 20 steps, and
+the final validation losses. They may differ by 1 % and 0.5 %.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.benchmarks.alternate import RESULTS, command, new_file, slug, version
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS: dict[str, tuple[int, str, list[str]]] = {  # steps, tokenizer, options
-    # (With the default rate and a warm-up of 30 steps, roundings grow: float32 by TINYGRAD2_KERNELS=reference is 1 %
-    # away from float32 after 40 steps.)
+    # (With the default learning rate and 30 warm-up steps, rounding errors grow: after 40 steps, float32 with
+    # TINYGRAD2_KERNELS=reference differs from float32 by 1 %.)
     "nano": (300, "bytes", ["--optimizer", "adamw", "--learning-rate", "1e-3", "--warmup-iters", "100"]),
     "gpt2": (60, "gpt2", ["--batch-size", "1", "--block-size", "1024", "--dropout", "0"]),
 }
@@ -38,7 +38,7 @@ LIMITS = {"training": 0.01, "validation": 0.005}  # relative differences
 
 
 def train(out: Path, data: Path, preset: str, steps: int, dtype: str, more: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the log of a run."""
+    """Run train.py and return the rows of its log."""
     options = ["--preset", preset, "--data", str(data), "--out-dir", str(out), "--dtype", dtype, "--device", "cpu"]
     options += ["--max-iters", str(steps), "--eval-interval", str(steps), "--eval-iters", "20", "--save-interval", "0"]
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *options, *more], capture_output=True, text=True)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano", choices=tuple(PRESETS), help="the model [%(default)s]")
-    parser.add_argument("--steps", type=int, help="[300 of nano, 60 of gpt2]")
+    parser.add_argument("--steps", type=int, help="[300 for nano, 60 for gpt2]")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-bfloat16-... next to this file]")
     given = parser.parse_args(arguments)
     if reason := get_backend("cpu").slow_reason("bfloat16"):
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.json or RESULTS / f"cpu-bfloat16-{given.preset}-{slug()}.json"
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, difference in found.items():
-        print(f"{name} loss: {100 * difference:.2f} % apart, the limit is {100 * LIMITS[name]:g} %")
+        print(f"{name} loss: differs by {100 * difference:.2f} %; the limit is {100 * LIMITS[name]:g} %")
     print(f"written to {out}")
     return int(any(difference > LIMITS[name] for name, difference in found.items()))
 

@@ -1,16 +1,17 @@
 """Training curves of this project and of PyTorch: python tests/benchmarks/curves.py [--preset gpt2] [--steps N]
 
-Trains three times from the same initial weights, on the same batches in the same order, with the same AdamW, learning
-rates and clipping, in float32 on the CPU, on the documentation that ships with Python: 3,000 steps of nano (bytes), or
-60 of gpt2 (124M parameters, GPT-2's vocabulary, one sequence of 1,024 tokens a step).
+Trains three times from the same initial weights, on the same batches in the same order, with the same AdamW settings,
+learning rates and clipping, in float32 on the CPU. The data is the documentation that ships with Python. A run has
+3,000 steps of nano (bytes), or 60 steps of gpt2 (124M parameters, GPT-2's vocabulary, one sequence of 1,024 tokens per
+step).
 
     tinygrad2      train.py
     PyTorch        transformers' GPT-2 and torch.optim.AdamW
-    PyTorch, SDPA  the same with another implementation of attention, with a different order of sums: the distance of
-                   PyTorch from itself, which rounding explains
+    PyTorch, SDPA  the same with another implementation of attention, which sums in a different order. Its distance from
+                   the second run shows how far rounding alone moves the curve.
 
-Prints the distances between the curves, writes a JSON file to results/; `python docs/pictures.py` draws them. The exit
-status is 1 if this project's final validation loss is more than 1 % from PyTorch's.
+Prints the distances between the curves and writes a JSON file to results/; `python docs/pictures.py` plots them. The
+exit status is 1 if this project's final validation loss differs from PyTorch's by more than 1 %.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CLIP, DECAY, BETAS, SEED = 1.0, 0.1, (0.9, 0.95), 1337
 
 @dataclass(frozen=True)
 class Setup:
-    """What a preset trains on, and how."""
+    """The data and hyperparameters that a preset is trained with."""
 
     steps: int
     tokenizer: str
@@ -57,7 +58,7 @@ class Setup:
     eval_iters: int
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine; `step` counts from 0."""
+        """Linear warm-up, then cosine decay to `min_lr`; `step` counts from 0."""
         if step < self.warmup_iters:
             return self.learning_rate * (step + 1) / self.warmup_iters
         progress = (step - self.warmup_iters) / (self.steps - self.warmup_iters)
@@ -87,7 +88,7 @@ def prepare(folder: Path, tokenizer: str) -> None:
 
 
 def train_ours(out: Path, data: Path, preset: str, setup: Setup, threads: int) -> Curve:
-    """train.py, with every option that affects the result."""
+    """Train with train.py, setting every option that affects the result."""
     numbers = {name: value for name, value in asdict(setup).items() if name not in ("steps", "tokenizer")}
     options: dict[str, Any] = {
         "preset": preset, "data": data, "out_dir": out, "device": "cpu", "dtype": "float32", "max_iters": setup.steps,
@@ -104,7 +105,7 @@ def train_ours(out: Path, data: Path, preset: str, setup: Setup, threads: int) -
 
 
 def save_initial_weights(folder: Path, preset: str, vocab_size: int) -> None:
-    """Save the model with which train.py begins, as transformers reads it."""
+    """Save the model that train.py starts from, in the format of transformers."""
     from gpt2 import GPT2
     from gpt2.config import PRESETS
 
@@ -113,9 +114,9 @@ def save_initial_weights(folder: Path, preset: str, vocab_size: int) -> None:
 
 
 def train_torch(weights: Path, data: Path, setup: Setup, threads: int, attention: str) -> Curve:
-    """transformers' GPT-2, trained by PyTorch alone. This project only reads the ids from the data set.
+    """Train transformers' GPT-2 with PyTorch. This project's code only reads the batches from the data set.
 
-    attention  transformers' name for its implementation of attention: "eager" or "sdpa".
+    attention  the implementation of attention that transformers uses: "eager" or "sdpa".
     """
     import torch
     import transformers
@@ -155,7 +156,7 @@ def train_torch(weights: Path, data: Path, setup: Setup, threads: int, attention
 
 
 def distances(a: Curve, b: Curve) -> dict[str, float]:
-    """How far `a` is from `b`: nats per token, and relative to `b`."""
+    """The distances of `a` from `b`, in nats per token and relative to `b`."""
     first, second = np.array(a.training), np.array(b.training)
     apart = np.abs(first - second)
     return {
@@ -171,7 +172,7 @@ def distances(a: Curve, b: Curve) -> dict[str, float]:
 
 
 def measure(folder: Path, preset: str, setup: Setup, threads: int, names: Sequence[str]) -> dict[str, Any]:
-    """Train these in `folder`, except those whose curves are there. Returns the record for the JSON file."""
+    """Do the runs with these names in `folder`, reusing curves that exist. Returns the record for the JSON file."""
     from gpt2.training.dataset import TokenDataset
     from tinygrad2 import machine
 
@@ -225,11 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano", choices=tuple(PRESETS), help="the model [%(default)s]")
-    parser.add_argument("--steps", type=positive, help="[3,000 of nano, 60 of gpt2]")
+    parser.add_argument("--steps", type=positive, help="[3,000 for nano, 60 for gpt2]")
     parser.add_argument("--threads", type=positive, default=threads.count(), metavar="N", help="[%(default)s]")
-    parser.add_argument("--no-sdpa", action="store_true", help="leave out the third run")
+    parser.add_argument("--no-sdpa", action="store_true", help="skip the third run")
     parser.add_argument(
-        "--folder", type=Path, help="keep the data, the weights and each curve here, and reuse them [a temporary one]"
+        "--folder", type=Path, help="store the data, weights and curves here, and reuse them [a temporary folder]"
     )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="[results/cpu-curves-... next to this file]")
     given = parser.parse_args(arguments)

@@ -1,12 +1,14 @@
 """Text generation on the CPU, compared with other programs: python tests/benchmarks/decode.py [--json FILE]
 
-Measures, interleaved, tokens per second of the 124M model with a key-value cache, after a context of 16 tokens, for
-one text and for several in a batch, and after one of 900 tokens; and the processing of a prompt of 512 tokens. The
-programs are this project with weights in float32 and bfloat16, and, if installed, transformers in float32 and bfloat16
-and CTranslate2 in float32 and int8. All use the same random weights. A token reads all weights except the position
-embedding, and the keys and values of the context: the bytes whose rate is compared with that of reading memory.
+Measures the tokens per second of the 124M model with a key-value cache: for batches of one and of several texts after
+a context of 16 tokens, and for one text after a context of 900 tokens. Also measures the processing of a prompt of 512
+tokens. The programs run interleaved: this project with weights in float32 and bfloat16, and, if installed, transformers
+in float32 and bfloat16 and CTranslate2 in float32 and int8. All use the same random weights.
 
-With --checkpoint and --data it first prints the effect of bfloat16 weights on the validation loss.
+Each token reads all weights except the position embedding, and the keys and values of the context. The rate of these
+bytes is compared with the rate of reading memory.
+
+With --checkpoint and --data, it first prints the effect of bfloat16 weights on the validation loss.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from tests.benchmarks.alternate import (
     versions,
 )
 
-CONTEXT, NEW = 16, 32  # tokens before the measurement starts, and measured tokens
+CONTEXT, NEW = 16, 32  # number of tokens before the measurement starts, and of measured tokens
 
-Case = tuple[int, int]  # texts in the batch, and tokens before the measurement starts
-Cases = dict[str, Case]  # by the name of the task
+Case = tuple[int, int]  # number of texts in the batch, and of tokens before the measurement starts
+Cases = dict[str, Case]  # task name -> case
 
 
 def random_prompt(vocab_size: int, length: int) -> list[int]:
@@ -50,13 +52,13 @@ def random_prompt(vocab_size: int, length: int) -> list[int]:
 
 
 def cases_of(given: argparse.Namespace) -> Cases:
-    """The tasks that generate."""
+    """The tasks that generate text."""
     found = {f"batch {batch}": (batch, CONTEXT) for batch in given.batch}
     return found | {f"batch 1, context of {given.context}": (1, given.context)}
 
 
 def save_model(folder: str, preset: str) -> None:
-    """A model with random weights, in the Hugging Face layout."""
+    """Save a model with random weights in the Hugging Face layout."""
     from gpt2 import GPT2, GPT2Config
 
     GPT2(GPT2Config.preset(preset)).save_pretrained(folder)
@@ -74,7 +76,7 @@ def ours(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tas
 
     def decode(batch: int, context: int) -> float:
         tokens = generate(model, random_prompt(vocab_size, context), 1 + NEW, samples=batch, temperature=0)
-        next(tokens)  # reads the prompt
+        next(tokens)  # processes the prompt
         return timed(lambda: list(tokens))()
 
     def read() -> None:
@@ -87,7 +89,7 @@ def ours(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tas
 
 
 def ready(decode: Callable[[int, int], float], read: Callable, cases: Cases, prefill: int) -> Tasks:
-    """The tasks by name; each runs once."""
+    """The tasks by name, after one warm-up run of each."""
     tasks: Tasks = {name: partial(decode, *case) for name, case in cases.items()}
     tasks[f"prompt of {prefill}"] = timed(read)
     for task in tasks.values():
@@ -96,7 +98,7 @@ def ready(decode: Callable[[int, int], float], read: Callable, cases: Cases, pre
 
 
 def with_transformers(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tasks:
-    """transformers' model in a loop, without the overhead of generate."""
+    """transformers' model in a loop, without the overhead of its generate()."""
     import torch
     from transformers import GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
@@ -124,7 +126,7 @@ def with_transformers(folder: str, cases: Cases, prefill: int, count: int, dtype
 
 
 def convert(folder: str, target: str) -> None:
-    """Convert the model in `folder` to CTranslate2. It has no tokenizer, so token 5 is the word "5"."""
+    """Convert the model in `folder` to CTranslate2. The model has no tokenizer, so token 5 becomes the word "5"."""
     from ctranslate2.converters import TransformersConverter
     from transformers.utils.logging import disable_progress_bar
 
@@ -146,7 +148,7 @@ def convert(folder: str, target: str) -> None:
 
 
 def with_ctranslate2(folder: str, cases: Cases, prefill: int, count: int, dtype: str) -> Tasks:
-    """CTranslate2's generator. It processes the prompt each time, so the time for one new token is subtracted."""
+    """CTranslate2's generator. Each call processes the prompt; its time, with one new token, is subtracted."""
     import ctranslate2
 
     target = os.path.join(folder, "ctranslate2")
@@ -173,7 +175,7 @@ def with_ctranslate2(folder: str, cases: Cases, prefill: int, count: int, dtype:
 
 
 def bfloat16_loss(checkpoint: str, data: str, batches: int) -> dict[str, float]:
-    """The validation loss in nats per token, with weights in float32 and in bfloat16, over this many windows."""
+    """The validation loss in nats per token over `batches` windows, with weights in float32 and in bfloat16."""
     from gpt2 import GPT2
     from gpt2.formats.model_file import find_model
     from gpt2.training.dataset import TokenDataset, find_dataset
@@ -197,8 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--context", type=positive, default=900, metavar="T", help="tokens of the longer context [%(default)s]")
     add("--prompt", type=positive, default=512, metavar="T", help="tokens in the prompt [%(default)s]")
     add("--checkpoint", metavar="DIR", help="a trained model, to measure the effect of bfloat16 on its loss")
-    add("--data", metavar="NAME", help="the data set for this: a name in data/, or a folder")
-    add("--windows", type=positive, default=20, metavar="N", help="use its first N windows [%(default)s]")
+    add("--data", metavar="NAME", help="the data set for --checkpoint: a name in data/, or a folder")
+    add("--windows", type=positive, default=20, metavar="N", help="use the first N windows of --data [%(default)s]")
     given = options.parse_args(arguments)
     config = GPT2Config.preset(given.preset)
     for option, needed in (("prompt", max(given.prompt, CONTEXT + 1 + NEW)), ("context", given.context + 1 + NEW)):
@@ -229,11 +231,11 @@ def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Con
     def works(weight_bytes: int, cache_bytes: int = 4) -> dict[str, Work]:
         found = {}
         for name, (batch, context) in cases.items():
-            cached = 2 * config.n_layer * config.n_embd * (context + NEW // 2)  # keys and values of a text, on average
+            cached = 2 * config.n_layer * config.n_embd * (context + NEW // 2)  # keys and values per text (mean)
             read = NEW * (weight_bytes * weights + cache_bytes * batch * cached)
             found[name] = Work(tokens=batch * NEW, read=read)
         flops = given.prompt * config.flops_per_token(given.prompt) / 3
-        flops -= 2 * (given.prompt - 1) * config.vocab_size * config.n_embd  # only the logits of the last position
+        flops -= 2 * (given.prompt - 1) * config.vocab_size * config.n_embd  # only the last position needs logits
         return found | {f"prompt of {given.prompt}": Work(tokens=given.prompt, flops=flops)}
 
     arguments = (folder, cases, given.prompt, given.threads)
@@ -241,7 +243,7 @@ def competitors(folder: str, given: argparse.Namespace, config: Any) -> list[Con
         Contender("tinygrad2 float32", ours, (*arguments, "float32"), works(4)),
         Contender("tinygrad2 bfloat16", ours, (*arguments, "bfloat16"), works(2)),
     ]
-    peers = (  # name, other packages that it needs, function, and its work for each dtype
+    peers = (  # name, additional packages that it needs, function, and work for each dtype
         ("CTranslate2", ("torch", "transformers"), with_ctranslate2, {"float32": works(4), "int8": works(1)}),
         ("transformers", ("torch",), with_transformers, {"float32": works(4), "bfloat16": works(2, 2)}),
     )

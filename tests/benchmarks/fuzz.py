@@ -2,13 +2,13 @@
 
 Each case takes a valid input (a model file of some format, a data set, a tokenizer, a checkpoint, a skipped step, text
 in one of the formats of data/sources.py, a journal, a task file, options in TOML), changes one of its files, and reads
-it. A correct outcome is a one-line ValueError or OSError that names the file or its folder, or a valid result: shapes
-as in the config, ids within the vocabulary, text that survives encoding. Any other exception is wrong, and so is a case
-that takes more than 2 seconds of CPU time or 1 GB of memory (the system ends the process), or executes, imports,
-writes or connects to anything, which an audit hook detects.
+it. The outcome is correct if the reader raises a ValueError or OSError with one line that names the file or its folder,
+or returns a valid result: shapes as in the config, ids within the vocabulary, text that can be encoded. The outcome is
+wrong if the reader raises any other exception, if it takes more than 2 seconds of CPU time or 1 GB of memory (the
+system kills the process), or if it executes, imports, writes or connects to anything (an audit hook detects this).
 
-Prints a table; the exit status is 1 if anything was wrong. A case depends only on the seed and its number:
---first 4711 --cases 1 repeats it. --targets limits the kinds of input.
+Prints a table; the exit status is 1 if any outcome was wrong. A case depends only on the seed and its number:
+--first 4711 --cases 1 repeats case 4711. --targets limits the kinds of input.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ from gpt2.training.tasks import TASKS, load_items  # noqa: E402
 from tinygrad2 import Key, optim  # noqa: E402
 from tinygrad2.checkpoint import save_arrays  # noqa: E402
 
-SECONDS, MEMORY = 2, 1 << 30  # CPU time, and memory in addition to the program, for one case
-WAIT = 60  # seconds until a case that waits for something is ended
-LONGEST = 1000  # maximum number of characters in an error
+SECONDS, MEMORY = 2, 1 << 30  # limits of a case: CPU time, and memory in addition to the program's own
+WAIT = 60  # seconds until a case that waits for something is killed
+LONGEST = 1000  # maximum number of characters in an error message
 CONFIG = GPT2Config(vocab_size=257, n_positions=8, n_embd=4, n_layer=2, n_head=2)
 TEXT = "It was 7 o'clock, naïve 🙂\n\tand then"
 
-# Actions that no reader needs, by Python's event names (see "Audit events" in its documentation).
+# Actions that no reader needs, by Python's event names (see "Audit events table" in Python's documentation).
 FORBIDDEN = {
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.chmod", "os.putenv"),
@@ -100,7 +100,7 @@ HOSTILE = (
     *(b"r\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f", b"\x82\x01", b"h\x00", b"}", b"]", b")", b"(", b"N", b"0", b"2"),
     *(b"R", b"b", b"Q", b"t", b"u", b"e", b"s", b"a", b"\x85", b"\x86", b"\x81", b"\x93", b"\x94", b"K\x00"),
     b"J\xff\xff\xff\xff",
-    b"V\\u0041\n",  # for which pickletools loads a codec
+    b"V\\u0041\n",  # pickletools loads a codec for this
     NEST + b"X\x01\x00\x00\x00a\x93",  # a name that is not text
     b"X\x01\x00\x00\x00a" + NEST + b"\x93",
     NEST + b"Q",
@@ -114,7 +114,7 @@ class Target:
     """One kind of input: the files that may be changed, and the function that reads it. `read` raises AssertionError
     for an invalid result.
 
-    allowed  actions of FORBIDDEN that the reader needs.
+    allowed  actions in FORBIDDEN that this reader needs.
     """
 
     files: tuple[str, ...]
@@ -189,7 +189,7 @@ def read_source(name: str) -> Callable[[Path], None]:
 
 
 def read_journal(folder: Path) -> None:
-    """A preparation that was interrupted continues, or starts over, with the same result."""
+    """An interrupted preparation resumes or starts over, with the same result."""
     sources = find_sources([str(folder / "text.txt")], "text", lambda line: None)
     job = Job.of(sources, Tokenizer.load("bytes"), NO_FILTERS, 0.1, 100_000_000, False)
     shards = Shards(folder / "out.partial", np.dtype("<u2"), 100_000_000)
@@ -212,7 +212,7 @@ def read_toml(folder: Path) -> None:
 
 
 def read_training(folder: Path) -> None:
-    """The optimizer's state in a checkpoint of nanoGPT."""
+    """The optimizer state in a nanoGPT checkpoint."""
     state = model_file.read_training(model_file.open_model(folder / "ckpt.pt"))
     assert state.step >= 0
     for name, stored in state.moments.items():
@@ -259,7 +259,7 @@ READABLE = [
 
 
 def make_originals(folder: Path) -> None:
-    """Create a valid input of each kind, in a folder with its name."""
+    """Create a valid input of each kind, in a folder named after the target."""
     model = GPT2(CONFIG, seed=1)
     model.save_pretrained(folder / "safetensors")
     shutil.copytree(folder / "safetensors", folder / "config")
@@ -318,7 +318,7 @@ def make_originals(folder: Path) -> None:
 
 
 def make_training(folder: Path, model: GPT2) -> None:
-    """A checkpoint of nanoGPT with the state of a run, a skipped step, nanoGPT's characters, and options in TOML."""
+    """Create a nanoGPT checkpoint with optimizer state, a skipped step, nanoGPT's character set, and TOML options."""
     for name in ("training", "bad step", "characters", "toml"):
         (folder / name).mkdir()
     run = folder / "checkpoint" / "ckpt-000003"
@@ -335,7 +335,7 @@ def make_training(folder: Path, model: GPT2) -> None:
 
 
 def make_sources(folder: Path) -> None:
-    """Data sources of each format, task files, and an interrupted preparation."""
+    """Create data sources of each format, task files, and an interrupted preparation."""
     texts = [f"{TEXT} {i}" for i in range(50)]
     lines = "".join(
         json.dumps({"text": text, "url": "https://example.org", "n": i}) + "\n" for i, text in enumerate(texts)
@@ -392,7 +392,7 @@ def to_legacy(new: Path, old: Path) -> None:
 
 
 def change(rng: random.Random, file: Path, other: bytes) -> None:
-    """Change a file: in a way specific to its format, byte by byte, or both."""
+    """Change a file in a way specific to its format, byte by byte, or both."""
     structured = {
         ".json": change_json,
         ".jsonl": change_json,
@@ -414,7 +414,7 @@ def change(rng: random.Random, file: Path, other: bytes) -> None:
 
 
 def change_bytes(rng: random.Random, content: bytearray, other: bytes) -> None:
-    """One change; half of them are in the headers."""
+    """Make one change. Half of the changes are in the first 2,048 bytes, where headers are."""
     where = rng.randrange(min(len(content), 2048) if rng.random() < 0.5 else len(content)) if content else 0
     length = min(rng.choice((1, 2, 4, 8, 64, 1024)), len(content))
     match rng.randrange(9):
@@ -445,7 +445,7 @@ def change_bytes(rng: random.Random, content: bytearray, other: bytes) -> None:
 
 
 def change_compressed(rng: random.Random, file: Path) -> None:
-    """The text in a file compressed with gzip, or a large one."""
+    """Change the text in a gzip-compressed file, or replace it by a large one."""
     with tempfile.TemporaryDirectory() as folder:
         inner = Path(folder) / file.stem
         inner.write_bytes(gzip.decompress(file.read_bytes()))
@@ -459,7 +459,7 @@ def change_compressed(rng: random.Random, file: Path) -> None:
 
 
 def change_table(rng: random.Random, file: Path) -> None:
-    """Quotes, delimiters and newlines of a CSV file."""
+    """Insert quotes, delimiters or newlines into a CSV file, or replace text with them."""
     content = bytearray(file.read_bytes())
     for _ in range(rng.choice((1, 2, 4))):
         where = rng.randrange(len(content) + 1)
@@ -470,7 +470,7 @@ def change_table(rng: random.Random, file: Path) -> None:
 
 
 def change_options(rng: random.Random, file: Path) -> None:
-    """A line of TOML added or replaced."""
+    """Replace a line of a TOML file."""
     lines = file.read_text().splitlines()
     value = rng.choice(
         ("[" * 50_000, "nan", "-inf", "9" * 5000, '"\\u001b[2J"', "[]", "{}", "1979-05-27", "''", "true", "-1")
@@ -495,7 +495,7 @@ def change_json(rng: random.Random, file: Path) -> None:
 
 
 def changed_json(rng: random.Random, text: str) -> str:
-    """Replace a value, a key or the whole document, occasionally with something nested too deeply for a parser."""
+    """Replace a value, a key or the entire document, occasionally with a value nested too deeply for a parser."""
     tree = {"": json.loads(text)}
     places = list(nodes(tree))
     for _ in range(rng.choice((1, 1, 2))):
@@ -510,7 +510,7 @@ def changed_json(rng: random.Random, text: str) -> str:
                     parent[key] = "DEEP"
                 case _:
                     parent[key] = rng.choice(ODD_VALUES)
-        except (KeyError, IndexError):  # removed by the first change
+        except (KeyError, IndexError):  # the first change removed it
             pass
     deep = rng.choice(
         ("[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 5000, "[" + "[]," * 100_000 + "[]]", "-" + "9" * 5000)
@@ -526,7 +526,7 @@ def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_header(rng: random.Random, file: Path) -> None:
-    """Change the header of a safetensors file: its length, and the JSON."""
+    """Change the header of a safetensors file: its length and its JSON."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = changed_json(rng, content[8 : 8 + length].decode()).encode(errors="replace")
@@ -539,7 +539,7 @@ def change_pickle(rng: random.Random, file: Path) -> None:
 
 
 def changed_pickle(rng: random.Random, program: bytes) -> bytes:
-    """Insert, remove, repeat and exchange opcodes, and change bytes."""
+    """Insert, remove, repeat and replace opcodes, and change bytes."""
     starts = [position for _, _, position in pickletools.genops(program)]
     for _ in range(rng.choice((1, 1, 2, 3))):
         i = rng.randrange(1, len(starts))
@@ -571,8 +571,8 @@ def changed_pickle(rng: random.Random, program: bytes) -> bytes:
 
 
 def rewrite_zip(file: Path, edit: Callable[[bytes], bytes], rng: random.Random | None = None) -> None:
-    """Rewrite the archive with correct checksums and a modified pickle, sometimes compressed, or with an entry that is
-    duplicated, missing or of another size."""
+    """Rewrite the archive with a modified pickle and correct checksums. Sometimes compress it, or duplicate, delete,
+    extend or rename an entry."""
     with zipfile.ZipFile(file) as archive:
         entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     kind = zipfile.ZIP_STORED
@@ -597,7 +597,7 @@ def rewrite_zip(file: Path, edit: Callable[[bytes], bytes], rng: random.Random |
 
 
 def restore_checksums(rng: random.Random, name: str, folder: Path, file: Path) -> None:
-    """In most cases, update the checksum and size of the changed file, so that the code after the checks is tested."""
+    """In most cases, update the checksum and size of the changed file, so that the code after these checks runs too."""
     if rng.random() < 0.2 or file.name == "manifest.json":
         return
     sha = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -618,7 +618,7 @@ def restore_checksums(rng: random.Random, name: str, folder: Path, file: Path) -
 
 
 def make_case(originals: Path, folder: Path, seed: int, number: int) -> str:
-    """Write the input of a case to `folder`; returns the target's name."""
+    """Write the input of a case to `folder`. Returns the name of the target."""
     name = list(TARGETS)[number % len(TARGETS)]
     rng = random.Random(f"{seed}:{number}")
     shutil.copytree(originals / name, folder)
@@ -646,7 +646,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         codecs.lookup(encoding)
     for name in READABLE:
-        TARGETS[name].read(originals / name)  # so that modules that are imported on first use are imported now
+        TARGETS[name].read(originals / name)  # import the modules that are imported on first use
     sys.addaudithook(watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -658,7 +658,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
             name = make_case(originals, folder, seed, number)
             print(json.dumps([number, name, "started", ""]), flush=True)
             seen.clear()
-            signal.setitimer(signal.ITIMER_REAL, WAIT)  # the signal ends the process, even if it hangs
+            signal.setitimer(signal.ITIMER_REAL, WAIT)  # the signal kills the process, even if it hangs
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             watching = True
             try:
@@ -681,7 +681,7 @@ def run_cases(originals: Path, seed: int, first: int, count: int, targets: list[
 def fuzz(
     seed: int, first: int, count: int, targets: str = ",".join(READABLE)
 ) -> tuple[dict[str, Counter[str]], list[str]]:
-    """The number of outcomes of each kind for each target, and a line for each wrong case."""
+    """Run the cases. Returns the number of outcomes of each kind for each target, and a line for each wrong case."""
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
     wrong = []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -703,13 +703,13 @@ def fuzz(
                         if outcome == "wrong":
                             wrong.append(f"case {number} ({name}): {said}")
                 code = worker.wait()
-                if code:  # it was killed in the middle of a case; the next worker continues after it
+                if code:  # the worker was killed during a case; the next worker starts with the next case
                     if outcome != "started":
                         raise RuntimeError(f"the worker failed outside of a case, with status {code}")
                     outcomes[name]["wrong"] += 1
                     progress.update()
                     ended = signal.Signals(-code).name if code < 0 else f"status {code}"
-                    wrong.append(f"case {number} ({name}): ended by {ended} (SIGPROF: after {SECONDS} s of CPU time)")
+                    wrong.append(f"case {number} ({name}): killed by {ended} (SIGPROF: over {SECONDS} s of CPU time)")
                 first = number + 1
     return outcomes, wrong
 

@@ -1,14 +1,14 @@
 """Check and time the GPU code with one command: python tests/benchmarks/gpu.py [--quick] [--only PART ...]
 
-Compiles the kernels, then measures, in this order: the matrix products of a training step; attention, compared with
-PyTorch's; `pytest -m gpu`; the training step of the 124M model, compared with PyTorch's, if it is installed; each
-kernel of a step; generation; launches, copies, and the step in other precisions. Each time is printed with the time
-that gpt2/cost_model.py predicts, and with the lower bound for its bytes and FLOPs on this GPU. Prints a table at the
-end and writes JSON.
+Compiles the kernels, then runs these parts in this order: the matrix products of a training step; attention, compared
+with PyTorch's; `pytest -m gpu`; the training step of the 124M model, compared with PyTorch's, if it is installed; each
+kernel of a step; generation; launches; the step in other precisions; a large product; copies. Each time is printed with
+the time that gpt2/cost_model.py predicts, and with the lower bound for its bytes and FLOPs on this GPU. Prints a table
+at the end and writes a JSON file.
 
-GPU time is expensive, and a fault in a kernel ends its process's access to the GPU. So each part runs in its own
-process with its own time limit, and its results are printed and written at once; a part that fails is recorded with its
-error, or with the time at which it was stopped. Everything ends within --seconds: 570 by default, 180 with --only.
+GPU time is expensive, and after a fault in a kernel its process can no longer use the GPU. So each part runs in its own
+process with its own time limit, and its results are printed and written at once. A part that fails is recorded with its
+error, or with its time limit. Everything ends within --seconds: 570 by default, 180 with --only.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from tinygrad2.precision import Precision  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
-# The fraction of both peaks that the best kernels reach, for the floors: 790 TFLOP/s and 4.3 TB/s on an H200.
+# The fractions of the two peaks that the best kernels reach; the floors use them: 790 TFLOP/s and 4.3 TB/s on an H200.
 REACHED_FLOPS, REACHED_BYTES = 0.8, 0.9
-EXCHANGE = 5e-6  # predicted seconds per layer in which the blocks of decode.cu exchange results
+EXCHANGE = 5e-6  # predicted seconds per layer for the exchange of results between the blocks of decode.cu
 
-# Arguments that a kernel adds to or changes in place, which are both read and written.
+# Positions of the arguments that a kernel changes in place, so that they are both read and written.
 CHANGED = {
     "linear_backward": (3, 4),
     "layernorm_backward": (5, 6),
@@ -63,7 +63,7 @@ CHANGED = {
 }
 KERNEL = r"_(forward|backward|step)$|^squared_norm$"
 
-# Kernels of the cost model that these calls launch; any other call launches the kernel of the same name.
+# Kernels of the cost model that these calls launch. Any other call launches the kernel with its own name.
 LAUNCHES = {
     "linear_forward": tuple(f"{layer} forward" for layer in cost_model.LINEAR),
     "linear_backward": tuple(f"{layer} {kind}" for layer in cost_model.LINEAR for kind in ("dgrad", "wgrad", "dbias")),
@@ -71,16 +71,17 @@ LAUNCHES = {
     "lm_head_backward": ("head dgrad", "head wgrad"),
 }
 
-# The parts in their order, with seconds that each may take, its process's start included. Together they fit SECONDS.
+# The parts in their order, each with its time limit in seconds, including the start of the process. The sum is at most
+# SECONDS.
 LIMITS = {
     "compile": 80, "gemm": 35, "attention": 45, "checks": 150, "step": 125, "kernels": 35, "decode": 40, "launch": 10,
     "wide_step": 30, "product": 10, "copy": 10,
 }  # fmt: skip
 SECONDS, ONLY_SECONDS = 570, 180
-DECODE = ("ordinary", "fused")  # the less tested one comes last
-GPU_LOST = 2  # pytest's exit status if a test lost the GPU (tests/gpt2/test_gpu.py)
-COMPILING = 60  # seconds that PyTorch may take until its first step
-Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: why some are missing}}
+DECODE = ("ordinary", "fused")  # the less tested kind comes last
+GPU_LOST = 2  # pytest's exit status after a test lost the GPU (tests/gpt2/test_gpu.py)
+COMPILING = 60  # seconds that PyTorch may need before its first step
+Found = dict[str, dict[str, Any]]  # {"results": {part: figures}, "errors": {part: message}}
 
 
 TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
@@ -88,22 +89,22 @@ TESTED = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resi
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and the number of repetitions."""
+    """The sizes of the measured problems, and the numbers of repetitions."""
 
     model: GPT2Config
     block_size: int = 1024
-    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one in detail
-    batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision, each
-    wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the others, the first that fits
-    steps: int = 5  # in one measurement of a step
-    rounds: int = 4  # measurements of each kind, interleaved
+    precisions: tuple[str, ...] = ("bfloat16", "float32", "tf32")  # the first one is measured in detail
+    batch_sizes: tuple[int, ...] = (64, 32, 16, 8)  # in the first precision; all are measured
+    wide_batch_sizes: tuple[int, ...] = (16, 8, 4, 2, 1)  # in the other precisions; the first that fits is measured
+    steps: int = 5  # steps per measurement
+    rounds: int = 4  # interleaved measurements of each kind
     launches: int = 2000
     copy_bytes: int = 256 << 20
     matrix: int = 8192
     repeats: int = 10
     new_tokens: int = 256
-    tested: tuple[GPT2Config, ...] = (TESTED,)  # models of the tests, whose kernels are compiled in advance
-    compiled: bool = True  # PyTorch's model, in bfloat16
+    tested: tuple[GPT2Config, ...] = (TESTED,)  # models in the tests; their kernels are compiled in advance
+    compiled: bool = True  # whether PyTorch's model is compiled in bfloat16
 
 
 NO_DROPOUT = replace(GPT2Config.preset("gpt2"), embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
@@ -117,8 +118,8 @@ QUICK = Sizes(
 class Bench:
     """The measurements on one device; each method named in LIMITS returns its figures, independently of the others.
 
-    seconds  the time after which nothing long is started.
-    keep     called with the figures so far whenever there are new ones.
+    seconds  after this time, nothing that takes long is started.
+    keep     called with all figures so far whenever there are new ones.
     """
 
     def __init__(
@@ -147,19 +148,20 @@ class Bench:
         try:
             self.results[part] = getattr(self, part)()
             self.release()
-        except Exception as error:  # (MemoryError and CuPy's are among these)
-            self.errors[part] = told(error)
+        except Exception as error:  # (includes MemoryError and CuPy's errors)
+            self.errors[part] = print_error(error)
         return self.found()
 
     def found(self) -> Found:
         return {"results": self.results, "errors": self.errors}
 
     def release(self) -> None:
-        """Return freed memory to the driver, for PyTorch or the next part."""
+        """Return free memory to the driver, so that PyTorch or the next part can use it."""
         self.np.get_default_memory_pool().free_all_blocks()
 
     def timed(self, function: Callable[[], Any], repeats: int, warmup: int = 2) -> tuple[float, float]:
-        """Seconds per call: wall-clock time from the first launch to the last result, and between two CUDA events."""
+        """Seconds per call, measured in two ways: the wall-clock time from the first launch to the last result, and the
+        time between two CUDA events."""
         for _ in range(warmup):
             function()
         begin, end = self.np.cuda.Event(), self.np.cuda.Event()
@@ -174,30 +176,31 @@ class Bench:
         return seconds / repeats, self.np.cuda.get_elapsed_time(begin, end) / 1e3 / repeats
 
     def floor(self, nbytes: float, flops: float) -> float | None:
-        """The lower bound in seconds for this many bytes of device memory and FLOPs, if the peaks are known."""
+        """The lower bound in seconds for moving `nbytes` of device memory and computing `flops`, or None if the GPU's
+        peaks are unknown."""
         peak = self.backend.cuda.peak(self.sizes.precisions[0])
         if peak is None or self.bandwidth is None:
             return None
         return max(flops / (REACHED_FLOPS * peak * 1e12), nbytes / (REACHED_BYTES * self.bandwidth * 1e9))
 
     def card_in(self, precision: str) -> cost_model.Device | None:
-        """The cost model's rates of this GPU in a precision, or None if unknown."""
+        """The cost model's rates for this GPU in a precision, or None if they are unknown."""
         name = gpus.find_gpu(self.backend.name(), cost_model.CARDS)
         return None if name is None or self.backend.cuda.peak(precision) is None else cost_model.gpu(name, precision)
 
     def predicted_step(self, precision: str, batch_size: int) -> dict[str, float] | None:
-        """See predicted_step below; None if the cost model does not know the GPU."""
+        """See the function predicted_step; None if the cost model does not know the GPU."""
         card = self.card_in(precision)
         return None if card is None else predicted_step(card, self.sizes, precision, batch_size)
 
     def predicted(self, cost: cost_model.Cost) -> float | None:
-        """Milliseconds of a kernel by the cost model, or None if it does not know the GPU."""
+        """The predicted milliseconds of a kernel, or None if the cost model does not know the GPU."""
         return None if self.card is None else self.card.milliseconds(cost)
 
     def against_floor(
         self, seconds: float, nbytes: float, flops: float, predicted_ms: float | None = None
     ) -> dict[str, float | None]:
-        """Milliseconds, those predicted, TFLOP/s, GB/s, and the floor as a fraction of the time."""
+        """Measured and predicted milliseconds, TFLOP/s, GB/s, the floor, and the floor as a fraction of the time."""
         floor = self.floor(nbytes, flops)
         return {
             "ms": seconds * 1e3,
@@ -209,7 +212,7 @@ class Bench:
         }
 
     def array(self, *shape: int) -> Any:
-        """Random numbers on the device: one block, repeated (zeros would use less power, and therefore less time)."""
+        """Random numbers on the device: one block, repeated. (Zeros would use less power and therefore be faster.)"""
         count = int(numpy.prod(shape))
         block = numpy.random.default_rng(0).standard_normal(min(count, 1 << 20), dtype=numpy.float32)
         values, array = self.backend.asarray(block.astype(self.dtype)), self.np.empty((count,), dtype=self.dtype)
@@ -221,8 +224,8 @@ class Bench:
     # Parts ----------------------------------------------------------------------------------------------------------
 
     def compile(self) -> dict[str, float]:
-        """Seconds until the kernels of training and of generation have been compiled, in each precision. CuPy caches
-        them on disk for the other processes, including the tests, whose models are compiled here too."""
+        """Seconds to compile the kernels of training and generation in each precision. CuPy caches them on disk for the
+        other processes. The kernels for the models in the tests are compiled here too."""
         figures = self.results["compile"] = {}
         for precision in self.sizes.precisions:
             started, models = time.perf_counter(), []
@@ -245,7 +248,7 @@ class Bench:
         return figures
 
     def launch(self) -> dict[str, float]:
-        """Microseconds that one small operation costs."""
+        """Microseconds per call of a small operation."""
         x = self.backend.zeros((64, 64), numpy.float32)
         n = self.sizes.launches
         return {
@@ -254,7 +257,7 @@ class Bench:
         }
 
     def copy(self) -> dict[str, float]:
-        """GB/s between pinned memory and the device, and within the device (read and written bytes)."""
+        """GB/s between pinned memory and the device, and within the device (read and written bytes both count)."""
         nbytes, n = self.sizes.copy_bytes, self.sizes.repeats
         memory = self.np.cuda.alloc_pinned_memory(nbytes)
         host = numpy.frombuffer(memory, dtype=numpy.float32, count=nbytes // 4)
@@ -273,7 +276,7 @@ class Bench:
         return {f"{name}_gb_per_s": nbytes / value / 1e9 for name, value in seconds.items()}
 
     def product(self) -> dict[str, float]:
-        """TFLOP/s of a large square matrix product, through CuPy."""
+        """TFLOP/s of a large square matrix product with CuPy."""
         n = self.sizes.matrix
         values = numpy.random.default_rng(0).standard_normal((n, n), dtype=numpy.float32)
         figures = self.results["product"] = {}
@@ -285,7 +288,7 @@ class Bench:
         return figures
 
     def gemm(self) -> dict[str, Any]:
-        """The matrix products of a training step: the four linear layers of a block, and the output layer."""
+        """The matrix products of a training step, in the four linear layers of a block and in the output layer."""
         from tinygrad2.kernels.gemm import Gemm
 
         gemm, C = Gemm(self.np), self.sizes.model.n_embd
@@ -321,7 +324,7 @@ class Bench:
         return figures
 
     def attention(self) -> dict[str, Any]:
-        """Attention of one layer, without dropout, compared with PyTorch's scaled_dot_product_attention."""
+        """The attention of one layer, without dropout, compared with PyTorch's scaled_dot_product_attention."""
         config, B, T = self.sizes.model, self.sizes.batch_sizes[0], self.sizes.block_size
         C, H = config.n_embd, config.n_head
         kernels, qkv, dout = self.backend.kernels, self.array(B, T, 3 * C), self.array(B, T, C)
@@ -330,7 +333,7 @@ class Bench:
             "forward": lambda: kernels.attention_forward(qkv, H, 0.0, None),
             "backward": lambda: kernels.attention_backward(dout, qkv, out, lse, H, 0.0, None),
         }
-        flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # two and five products, half of each
+        flops = {"forward": 2 * B * T * T * C, "backward": 5 * B * T * T * C}  # half of two and five products
         nbytes = {"forward": 4 * out.nbytes, "backward": 8 * out.nbytes}
         predicted = {
             "forward": self.predicted(cost_model.attention_forward(B, T, C, H, qkv.itemsize)),
@@ -359,7 +362,7 @@ class Bench:
         return figures
 
     def step(self) -> list[dict[str, Any]]:
-        """The training step in the first precision, ours and PyTorch's interleaved, at every batch size."""
+        """The training step in the first precision at every batch size, ours and PyTorch's interleaved."""
         rows = self.results["step"] = []
         for batch_size in self.sizes.batch_sizes:
             self.add_row(rows, self.sizes.precisions[0], batch_size)
@@ -383,12 +386,12 @@ class Bench:
         except MemoryError:
             row["error"] = "out of memory"
         except Exception as error:
-            row["error"] = self.errors[f"step {precision} {batch_size}"] = told(error)
+            row["error"] = self.errors[f"step {precision} {batch_size}"] = print_error(error)
         self.keep(self.found())
         self.release()
 
     def compare(self, row: dict[str, Any]) -> None:
-        """Add the figures of our step and of PyTorch's to the row, for one precision and batch size."""
+        """Measure our step and PyTorch's with the row's precision and batch size, and add the figures to the row."""
         sizes, precision, batch_size = self.sizes, row["precision"], row["batch_size"]
         ours = self.our_step(precision, batch_size)
         theirs = None
@@ -413,7 +416,7 @@ class Bench:
         self.add_figures(row, seconds)
 
     def add_figures(self, row: dict[str, Any], seconds: dict[str, list[float]]) -> None:
-        """The figures of a step from the times so far."""
+        """Add the figures of a step from the times measured so far."""
         peak = self.backend.cuda.peak(row["precision"])
         for kind, values in seconds.items():
             if values:
@@ -424,7 +427,7 @@ class Bench:
         self.keep(self.found())
 
     def kernels(self) -> dict[str, Any]:
-        """The kernels of a training step: the number of calls, time on the device, and lower bound of each."""
+        """The kernels of a training step: the number of calls, the time on the device, and the lower bound of each."""
         for batch_size in self.sizes.batch_sizes:
             try:
                 return {"batch_size": batch_size, **self.watched_steps(batch_size)}
@@ -455,7 +458,7 @@ class Bench:
         rows = {}
         for name, (calls, ms, nbytes, flops, floor_ms) in sorted(sums.items(), key=lambda item: -item[1][1]):
             figures = self.against_floor(ms / 1e3, nbytes, flops, predicted.get(name))
-            if figures["floor_ms"] is not None:  # the sum of the bounds is not the bound of the sum
+            if figures["floor_ms"] is not None:  # sum of the bounds of the calls, not the bound of the summed work
                 figures |= {"floor_ms": floor_ms, "share": floor_ms / ms}
             rows[name] = {"calls": round(calls), **figures}
         outside = total - sum(row["ms"] for row in rows.values())
@@ -464,7 +467,7 @@ class Bench:
         }  # fmt: skip
 
     def decode(self) -> dict[str, Any]:
-        """Tokens per second of one text, and the upper bound: the rate at which the weights can be read."""
+        """Tokens per second for one text, and the upper bound: the rate at which the weights can be read."""
         config = self.sizes.model
         figures = self.results["decode"] = {}
         for decode in DECODE:
@@ -489,11 +492,11 @@ class Bench:
     # Helpers --------------------------------------------------------------------------------------------------------
 
     def token(self, model: GPT2, nbytes: int, precision: str) -> dict[str, Any]:
-        """The time of one token: on the device if decoded in one launch, else including the host."""
+        """The time of one token: on the device if it is decoded in one launch, else including the host."""
         tokens = self.tokens[:1, : self.sizes.block_size // 4]
         cache, last = KVCache(model, 1, self.sizes.block_size), tokens[:, -1:]
         card, L = self.card_in(precision), model.config.n_layer
-        calls, predicted = 8 * L + 4, None  # kernels per token as separate operations
+        calls, predicted = 8 * L + 4, None  # kernels per token in ordinary decoding
         with no_grad():
             next_logits(model, tokens, cache)
             length, repeats = cache.length, 5 * self.sizes.repeats
@@ -508,13 +511,13 @@ class Bench:
             fused, ordinary = reading + L * EXCHANGE, max(reading + calls * card.call, calls * card.host)
             predicted = 1e3 * (ordinary if cache.decoder is None else fused)
         seconds = host if cache.decoder is None else device
-        return self.against_floor(seconds, nbytes, nbytes, predicted)  # one multiplication and one addition per 2 bytes
+        return self.against_floor(seconds, nbytes, nbytes, predicted)  # 2 FLOPs per weight of 2 bytes
 
     def decoding(self, model: GPT2) -> float:
-        """Seconds for the tokens after the first."""
+        """Seconds to generate the tokens after the first one."""
         prompt = self.tokens[0, : self.sizes.block_size // 4].tolist()
         tokens = generate(model, prompt, 1 + self.sizes.new_tokens, temperature=0)
-        next(tokens)  # reads the prompt
+        next(tokens)  # processes the prompt
         started = time.perf_counter()
         for _ in tokens:
             pass
@@ -535,8 +538,8 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Any, Any, int, int]]]:
-        """In this context, every kernel call (except from other kernels) appends (name, start, stop, bytes, FLOPs);
-        start and stop are CUDA events."""
+        """In this context, every kernel call that is not made by another kernel appends (name, start, stop, bytes,
+        FLOPs); start and stop are CUDA events."""
         kernels, spans, inside = self.backend.kernels, [], []
         originals = {name: getattr(kernels, name) for name in dir(kernels) if re.search(KERNEL, name)}
 
@@ -567,7 +570,7 @@ class Bench:
 
 
 def predicted_step(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
-    """Milliseconds of each call of a kernel, and of everything "outside" of them, in a step, by the cost model."""
+    """The predicted milliseconds of each kernel in a step, and of everything "outside" the kernels."""
     step = cost_model.micro_step(sizes.model, batch_size, sizes.block_size, precision)
     sums: dict[str, float] = {}
     for kernel in (*step, *cost_model.update(sizes.model, precision)):
@@ -578,7 +581,7 @@ def predicted_step(card: cost_model.Device, sizes: Sizes, precision: str, batch_
 
 
 def savings(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: int) -> dict[str, float]:
-    """Milliseconds of a step that some improvements of the kernels should save, by the cost model."""
+    """The predicted milliseconds per step that some improvements of the kernels would save."""
     B, T, C, H = batch_size, sizes.block_size, sizes.model.n_embd, sizes.model.n_head
     L, V, N, s = sizes.model.n_layer, sizes.model.vocab_size, B * T, Precision.of(precision).activation_bytes
     step = cost_model.micro_step(sizes.model, B, T, precision)
@@ -601,8 +604,8 @@ def savings(card: cost_model.Device, sizes: Sizes, precision: str, batch_size: i
 
 
 def prediction(name: str, sizes: Sizes) -> list[str]:
-    """What the first step of the benchmark should take on a GPU, kernel by kernel, and what improvements should save.
-    Raises ValueError for a GPU that the cost model does not know."""
+    """The predicted time of the benchmark's first step on a GPU, for each kernel, and the predicted savings of some
+    improvements. Raises ValueError for a GPU that the cost model does not know."""
     found = gpus.find_gpu(name, cost_model.CARDS)
     if found is None:
         raise ValueError(f"{name!r} is not known; choose one of {', '.join(cost_model.CARDS)}")
@@ -612,7 +615,7 @@ def prediction(name: str, sizes: Sizes) -> list[str]:
     total, tokens = sum(step.values()), sizes.batch_sizes[0] * sizes.block_size
     lines = [f"{found}, {precision}, {tokens:,} tokens: {total:.1f} ms, {tokens / total * 1e3:,.0f} tokens/s"]
     lines += [f"  {ms:7.2f}  {name}" for name, ms in sorted(step.items(), key=lambda item: -item[1])]
-    lines += ["to be saved, in ms:", *(f"  {ms:7.2f}  {what}" for what, ms in savings(*work).items())]
+    lines += ["possible savings in ms:", *(f"  {ms:7.2f}  {what}" for what, ms in savings(*work).items())]
     return lines
 
 
@@ -620,7 +623,7 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
     """The minimum number of bytes that a kernel call moves, and the FLOPs of its matrix products.
 
     Each input array is read once and each output array is written once, as if intermediate results stayed on the chip.
-    Attention is causal: half of each product.
+    Attention is causal, so only half of each of its products counts.
     """
     changed = [arguments[i] for i in CHANGED.get(name, ())]
     nbytes, flops = bytes_of(arguments) + bytes_of(result) + bytes_of(changed), 0
@@ -642,7 +645,7 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
     elif name == "attention_backward":
         B, T, C = arguments[0].shape
         flops = 5 * B * T * T * C
-    elif name == "embedding_forward":  # only the rows of the tokens
+    elif name == "embedding_forward":  # reads only the rows of the tokens
         tokens, wte, *_ = arguments
         nbytes = tokens.nbytes + result.nbytes + min(wte.nbytes, tokens.size * wte.shape[1] * wte.itemsize)
     elif name == "embedding_backward":
@@ -652,15 +655,15 @@ def cost(name: str, arguments: tuple, result: Any) -> tuple[int, int]:
 
 
 def bytes_of(x: Any) -> int:
-    """The bytes of an array, or of all arrays in a tuple or list; numbers and None have none."""
+    """The bytes of an array, or of all arrays in a tuple or list; 0 for numbers and None."""
     if isinstance(x, tuple | list):
         return sum(map(bytes_of, x))
     return x.nbytes if hasattr(x, "nbytes") and hasattr(x, "strides") else 0
 
 
 class TorchStep:
-    """The same model and step in PyTorch, with scaled_dot_product_attention and fused AdamW. In bfloat16 as in nanoGPT:
-    compiled, with autocast and a padded vocabulary."""
+    """The same model and step in PyTorch, with scaled_dot_product_attention and fused AdamW. In bfloat16 the model is
+    compiled and uses autocast and a padded vocabulary, as in nanoGPT."""
 
     def __init__(
         self,
@@ -681,7 +684,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
         self.call = self.model
         if narrow and compiled:
-            torch._dynamo.reset()  # otherwise a second batch size would be compiled with dynamic shapes
+            torch._dynamo.reset()  # otherwise the second batch size would be compiled with dynamic shapes
             self.call = torch.compile(self.model, dynamic=False)
         self.tokens, self.targets = (torch.from_numpy(ids.copy()).to(device) for ids in (tokens, targets))
 
@@ -701,7 +704,7 @@ class TorchStep:
 
 
 class TorchAttention:
-    """PyTorch's attention, forward and backward, on (B, H, T, D)."""
+    """PyTorch's attention, forward and backward, on arrays (B, H, T, D)."""
 
     def __init__(self, shape: tuple[int, ...], device: str, precision: str):
         self.torch, self.device = import_torch(device), device
@@ -729,7 +732,7 @@ def import_torch(device: str) -> Any:
 
 
 def torch_timed(torch: Any, device: str, function: Callable[[], Any], repeats: int) -> float:
-    """Seconds per call, after two calls that compile and allocate memory; the memory is returned afterwards."""
+    """Seconds per call, after two warm-up calls. On a GPU, free memory is then returned to the driver."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(2):
         function()
@@ -752,7 +755,7 @@ def torch_version() -> str | None:
 
 
 def padded_vocabulary(config: GPT2Config) -> int:
-    """The vocabulary size padded to a multiple of 64, which is faster: 50,304 for GPT-2's."""
+    """The vocabulary size padded to a multiple of 64, which is faster; 50,304 for GPT-2."""
     return -(-config.vocab_size // 64) * 64
 
 
@@ -765,8 +768,8 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def told(error: BaseException) -> str:
-    """Print the whole error; returns it in one line."""
+def print_error(error: BaseException) -> str:
+    """Print the error with its traceback, and return it in one line."""
     traceback.print_exception(error)
     return one_line(error)
 
@@ -782,12 +785,12 @@ def step_figures(
 
 
 def run_checks(seconds: float) -> dict[str, Any]:
-    """pytest -m gpu in a separate process: its exit status, its last line, and the names of failed tests.
+    """Run pytest -m gpu in a separate process. Returns its exit status, its last line, and the names of failed tests.
 
     If a test loses the GPU, the remaining tests run in another process.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rpfEs", "--tb=short", "--continue-on-collection-errors"]
-    command += ["-o", "faulthandler_timeout=60", "tests"]  # reports where a test hangs
+    command += ["-o", "faulthandler_timeout=60", "tests"]  # print the stack of a test that hangs
     started, statuses, seen, failed = time.monotonic(), [GPU_LOST], [], []
     while statuses[-1] == GPU_LOST:
         left = max(1, seconds - (time.monotonic() - started))
@@ -822,7 +825,7 @@ def _text(output: str | bytes | None) -> str:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """The record in a few lines."""
+    """The lines of the table that shows a record."""
     lines = [
         f"{record['device']}, driver for CUDA {record['driver']}, CUDA {record['cuda']}, CuPy {record['cupy']}, "
         f"PyTorch {record['torch']}, {record['date']}"
@@ -833,7 +836,7 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def part_table(part: str, found: Any, block_size: int) -> list[str]:
-    """The figures of a part, in a few lines."""
+    """The lines of the table for one part."""
     lines = []
     if part == "compile":
         lines.append(f"compile    {', '.join(f'{name} {seconds:.1f} s' for name, seconds in found.items())}")
@@ -872,7 +875,7 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
     if part == "kernels":
         lines += against_floors(f"kernels, {found['batch_size']} sequences", found["kernels"])
         lines.append(
-            f"  outside of them {found['outside_ms']:.3f} of {found['ms']:.3f} ms, predicted "
+            f"  outside the kernels {found['outside_ms']:.3f} of {found['ms']:.3f} ms, predicted "
             f"{milliseconds(found['predicted_outside_ms'])}"
         )
     if part == "decode":
@@ -884,7 +887,7 @@ def part_table(part: str, found: Any, block_size: int) -> list[str]:
 
 
 def against_floors(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of the figures from Bench.against_floor, with the number of calls if counted."""
+    """A table of the figures from Bench.against_floor, with the number of calls if there is one."""
     lines = [f"{title:34}      ms predicted    floor  share  TFLOP/s    GB/s"]
     for name, row in rows.items():
         calls = f"x{row['calls']}" if "calls" in row else ""
@@ -905,7 +908,7 @@ def percent(share: float | None) -> str:
 
 
 def device() -> dict[str, Any]:
-    """The measured machine and software."""
+    """The machine and the versions of the software."""
     backend = get_backend("cuda")
     runtime = backend.np.cuda.runtime
     return {
@@ -925,14 +928,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repetitions: two or three minutes")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/gpu-DEVICE-DATE.json)")
-    parser.add_argument("--only", nargs="+", choices=tuple(LIMITS), metavar="PART", help="only these parts")
+    parser.add_argument("--only", nargs="+", choices=tuple(LIMITS), metavar="PART", help="run only these parts")
     parser.add_argument(
         "--seconds", type=float, help=f"total time limit (default: {SECONDS}, {ONLY_SECONDS} with --only)"
     )
     parser.add_argument(
-        "--predict", metavar="GPU", help="only print the predictions for a GPU such as H200, without one"
+        "--predict", metavar="GPU", help="only print the predictions for a GPU such as H200; needs no GPU"
     )
-    # The process of one part; --out is required.
+    # For the process of one part, which also needs --out.
     parser.add_argument("--part", choices=tuple(LIMITS), help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -973,7 +976,7 @@ def checks(seconds: float) -> Found:
 
 
 def compile_together(precisions: Sequence[str], seconds: float, quick: bool) -> Found:
-    """The part "compile" of each precision in its own process, at the same time: the compiler uses one core."""
+    """Run the part "compile" of each precision in its own process, in parallel: the compiler uses only one core."""
     with ThreadPoolExecutor(len(precisions)) as pool:
         parts = [pool.submit(in_a_process, "compile", seconds, quick, precision) for precision in precisions]
     together: Found = {"results": {"compile": {}}, "errors": {}}
@@ -985,7 +988,7 @@ def compile_together(precisions: Sequence[str], seconds: float, quick: bool) -> 
 
 
 def in_a_process(part: str, seconds: float, quick: bool, precision: str | None = None) -> Found:
-    """The results of a part, from a process with a time limit in seconds; partial results are kept."""
+    """Run a part in its own process with a time limit in seconds. Partial results are kept."""
     found: Found = {"results": {}, "errors": {}}
     if seconds < 10:
         return {"results": {}, "errors": {part: "no time left"}}
@@ -1008,7 +1011,7 @@ def in_a_process(part: str, seconds: float, quick: bool, precision: str | None =
 
 
 def measure(sizes: Sizes, out: Path | None, run: Callable[[str], Found], parts: Sequence[str] = tuple(LIMITS)) -> int:
-    """Run these parts, write the JSON after each, and print the table. Returns 0 if nothing failed, else 1."""
+    """Run the parts, write the JSON file after each, and print the table. Returns 0 if nothing failed, else 1."""
     record = {**device(), "results": {}, "errors": {}, "sizes": asdict(sizes)}
     if out is None:
         slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
@@ -1031,7 +1034,7 @@ def measure(sizes: Sizes, out: Path | None, run: Callable[[str], Found], parts: 
 
 
 def write(out: Path, record: Any) -> None:
-    """Replace the file atomically, so that a killed process leaves the old one."""
+    """Replace the file atomically, so that a killed process leaves the old file intact."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(out.name + ".new")
     new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
-"""The kept results of the CPU benchmarks, by processor: python tests/benchmarks/kept.py
+"""The stored results of the CPU benchmarks, by processor: python tests/benchmarks/kept.py
 
-For every task of train_step.py and decode.py, in tests/benchmarks/results/: tokens per second of this project, and how
-many times as fast it is as the fastest other program in the same run (median over the rounds, minimum and maximum).
-What computes in float32 is compared with float32, what computes in bfloat16 with any precision. Only the newest result
-of each processor and benchmark counts.
+For every task of train_step.py and decode.py in tests/benchmarks/results/, prints this project's tokens per second and
+its speedup over the fastest other program in the same run (median, minimum and maximum over the rounds). Float32 is
+compared with float32 only, bfloat16 with any precision. Only the newest result of each processor and benchmark is used.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Row(NamedTuple):
 
 
 def records(benchmark: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The newest record of a benchmark for each processor."""
+    """The newest record of the benchmark for each processor."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("cpu-*.json"))]
     kept = sorted((r for r in found if r["benchmark"] == benchmark), key=lambda r: r["date"])
     return list({r["processor"]: r for r in kept}.values())

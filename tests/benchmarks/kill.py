@@ -1,15 +1,15 @@
-"""Kill train.py at many points: every run must end with the same bytes as an uninterrupted one.
+"""Kill train.py at many points: every run must end with the same bytes as an uninterrupted run.
 
     python tests/benchmarks/kill.py                      200 kills of single processes, in at least 60 runs
     python tests/benchmarks/kill.py --kills 20 --runs 6  a short test
     python tests/benchmarks/kill.py --ranks 4            50 kills of one of 4 ranks (mpirun)
 
-A process is killed at a random time; before its k-th change to the file system; or at a random time on a disk with slow
-flushes. The same command then continues the run, and may be killed again. At the end, all files are compared with those
-of an undisturbed run, except for times: seconds and rates in trainer.json and log.jsonl, the records of the starts, and
-report.html, which must equal the page that is generated from its folder, except for the date.
+A process is killed at a random time, before its k-th change to the file system, or at a random time on a disk with slow
+flushes. The same command then resumes the run, and may be killed again. At the end, all files are compared with those
+of an uninterrupted run. The comparison ignores times (seconds and rates in trainer.json and log.jsonl) and all records
+of starts but the first. report.html must equal the page that is generated from its folder, except for the date.
 
-A killed rank must also end its job within 30 s.
+When a rank is killed, its job must also end within 30 s.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ OPTIONS = (
     "--block-size 16 --batch-size 2 --max-iters 40 --eval-interval 10 --eval-iters 2 --save-interval 3 "
     "--log-interval 10 --dropout 0.1"
 )
-TIMES = ("seconds", "comm_seconds", "tokens_per_s")  # in the rows of the log
+TIMES = ("seconds", "comm_seconds", "tokens_per_s")  # fields in the rows of the log
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "os.utime", "shutil.rmtree"}
-MODES = ("change", "change", "slow", "random")  # drawn with these frequencies
+MODES = ("change", "change", "slow", "random")  # "change" is drawn twice as often
 MOST_CHANGES = 420  # about the number of changes in a run
 SLOW_FLUSH = 0.03  # seconds
-LIMIT = 30.0  # seconds within which a job must end after one of its ranks is killed
+LIMIT = 30.0  # seconds; a job must end this soon after one of its ranks is killed
 RANK = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -63,7 +63,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def kill_before_change(k: int, out: Path) -> None:
-    """Kill this process before its k-th change to the file system in `out`, including flushes."""
+    """Kill this process before its k-th change to files in `out`; a flush counts as a change."""
     count = 0
 
     def tick() -> None:
@@ -83,7 +83,7 @@ def kill_before_change(k: int, out: Path) -> None:
 
 
 def start(out: Path, log: Path, mode: str, k: int) -> int:
-    """Run train.py in a fork of this process; returns its process id."""
+    """Run train.py in a fork of this process. Returns the process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -101,7 +101,7 @@ def start(out: Path, log: Path, mode: str, k: int) -> int:
 
 
 def wait(pid: int, seconds: float) -> int:
-    """Kill a process after this time if it is still running. Returns its exit status, negative for a signal."""
+    """Wait for a process, and kill it after `seconds`. Returns its exit status, negative for a signal."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -113,7 +113,7 @@ def wait(pid: int, seconds: float) -> int:
 
 
 def contents(out: Path) -> dict[str, object]:
-    """Everything in an out-dir that must not depend on interruptions, by file."""
+    """The contents of an out-dir that must not depend on interruptions, by file."""
     found: dict[str, object] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -143,7 +143,7 @@ def undated(page: str) -> str:
 
 
 def kill_one_run(draw: random.Random, folder: Path, run: int, most: int) -> tuple[Path, Counter, str]:
-    """A run that is killed up to `most` times. Returns its folder, the kills by mode, and an error message."""
+    """Do a run that is killed up to `most` times. Returns its folder, the kills by mode, and an error message."""
     out, log, kills = folder / f"run{run:03}", folder / f"run{run:03}.txt", Counter[str]()
     for _ in range(most):
         mode = draw.choice(MODES)
@@ -162,7 +162,7 @@ def kill_processes(kills: int, runs: int, seed: int, folder: Path) -> None:
     whole = folder / "whole"
     if status := wait(start(whole, folder / "whole.txt", "", 0), 600):
         raise SystemExit(
-            f"FAILED: the undisturbed run ended with {status}: {(folder / 'whole.txt').read_text()[-500:]}"
+            f"FAILED: the uninterrupted run ended with {status}: {(folder / 'whole.txt').read_text()[-500:]}"
         )
     expected = contents(whole)
     while done.total() < kills or run < runs:
@@ -171,14 +171,14 @@ def kill_processes(kills: int, runs: int, seed: int, folder: Path) -> None:
         done += found
         got = {} if failed else contents(out)
         differing = sorted(name for name in expected.keys() | got.keys() if got.get(name) != expected.get(name))
-        print(f"run {run:3}: killed {dict(found)}, {done.total()} in all", flush=True)
+        print(f"run {run:3}: killed {dict(found)}, {done.total()} in total", flush=True)
         if failed or differing:
             kept = Path(tempfile.mkdtemp(prefix="killed-")) / "run"
             shutil.copytree(out, kept, symlinks=True)
-            raise SystemExit(f"FAILED: {failed or f'other contents: {differing}'}\nkept in {kept}, --seed {seed}")
+            raise SystemExit(f"FAILED: {failed or f'different contents: {differing}'}\nkept in {kept}, --seed {seed}")
         shutil.rmtree(out)
     listed = ", ".join(f"{count} {mode}" for mode, count in sorted(done.items()))
-    print(f"{run} runs, {done.total()} kills ({listed}): each ended with the same bytes as the undisturbed run")
+    print(f"{run} runs, {done.total()} kills ({listed}): each ended with the same bytes as the uninterrupted run")
 
 
 # Ranks
@@ -201,7 +201,7 @@ def start_ranks(ranks: int, out: str, steps: int) -> subprocess.Popen:
 
 
 def finish(job: subprocess.Popen, limit: float) -> str:
-    """The output of the job. A job that does not end is a failure."""
+    """Wait for the job and return its output; exit if it does not end within `limit` seconds."""
     try:
         return job.communicate(timeout=limit)[1].decode()
     except subprocess.TimeoutExpired:
@@ -209,7 +209,7 @@ def finish(job: subprocess.Popen, limit: float) -> str:
         raise SystemExit(f"FAILED: the job was still running {limit:.0f} s later") from None
 
 
-def outlived(pids: list[int]) -> list[int]:
+def still_running(pids: list[int]) -> list[int]:
     """The processes that are still running five seconds after their mpirun has ended."""
     end = time.monotonic() + 5
     while pids and time.monotonic() < end:
@@ -218,7 +218,7 @@ def outlived(pids: list[int]) -> list[int]:
     return pids
 
 
-def finish_whole(job: subprocess.Popen) -> None:
+def finish_uninterrupted(job: subprocess.Popen) -> None:
     said = finish(job, 600)
     if job.returncode:
         raise SystemExit(f"FAILED: a run without a kill ended with {job.returncode}\n{said}")
@@ -227,7 +227,7 @@ def finish_whole(job: subprocess.Popen) -> None:
 def kill_a_rank(
     draw: random.Random, job: subprocess.Popen, ranks: int, longest: float, reached: int
 ) -> tuple[int, float]:
-    """Kill one rank of a job. Returns the step of the newest checkpoint and the seconds until the job had ended."""
+    """Kill one rank of a job. Returns the step of the newest checkpoint and the seconds until the job ended."""
     rank, after = draw.randrange(ranks), draw.uniform(0.2, longest)
     began, file = time.monotonic(), Path(f"pid-{rank}")
     while job.poll() is None and (time.monotonic() - began < after or not file.exists()):
@@ -238,7 +238,7 @@ def kill_a_rank(
     os.kill(int(file.read_text()), signal.SIGKILL)
     killed = time.monotonic()
     finish(job, LIMIT)
-    seconds, left = time.monotonic() - killed, outlived(pids)
+    seconds, left = time.monotonic() - killed, still_running(pids)
     newest, damaged = checkpoint.newest(Path("killed"))
     step = checkpoint.step_of(newest) if newest else 0
     print(f"rank {rank} killed after {after:4.1f} s, the job ended {seconds:.1f} s later, step {step}", flush=True)
@@ -250,22 +250,22 @@ def kill_a_rank(
 def kill_ranks(kills: int, ranks: int, steps: int, longest: float, seed: int, folder: Path) -> None:
     draw = random.Random(seed)
     os.chdir(folder)
-    finish_whole(start_ranks(ranks, "whole", steps))
+    finish_uninterrupted(start_ranks(ranks, "whole", steps))
     slowest, reached = 0.0, 0
     for _ in range(kills):
         for file in Path().glob("pid-*"):
             file.unlink()
         reached, seconds = kill_a_rank(draw, start_ranks(ranks, "killed", steps), ranks, longest, reached)
         slowest = max(slowest, seconds)
-    finish_whole(start_ranks(ranks, "killed", steps))
+    finish_uninterrupted(start_ranks(ranks, "killed", steps))
     whole, killed = (
         [(row["step"], row["loss"]) for row in read_log(Path(out, "log.jsonl"))] for out in ("whole", "killed")
     )
     os.chdir(ROOT)
     if killed != whole:
-        raise SystemExit("FAILED: the losses are not those of the run without a kill")
+        raise SystemExit("FAILED: the losses differ from those of the run without a kill")
     print(
-        f"{kills} jobs killed, each ended within {slowest:.1f} s; all {steps} steps are there once, "
+        f"{kills} jobs killed, each ended within {slowest:.1f} s; the log contains each of the {steps} steps once, "
         f"with the same losses"
     )
 

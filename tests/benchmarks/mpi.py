@@ -1,9 +1,10 @@
 """The speed of two ranks with one core each, relative to one rank with both cores: python tests/benchmarks/mpi.py
 
-Trains GPT-2 124M on T = 512 tokens a sequence, one sequence a micro-step, with as many tokens a step on one rank as on
-two: four micro-steps per rank, the same with the moments shared out (--zero), and a single micro-step per rank. The
-runs take turns, so that a machine that slows down slows all of them. Prints tokens/s, the seconds that a step waits for
-the other rank, the peak memory of a rank, and the ratio to the one rank of the same round. About ten minutes.
+Trains GPT-2 124M with sequences of T = 512 tokens, one sequence per micro-step. One rank and two ranks process the same
+number of tokens per step. The two ranks do four micro-steps each, the same with sharded moments (--zero), or a single
+micro-step each. The runs are interleaved, so that a machine that slows down affects all of them. Prints tokens/s, the
+seconds per step that a rank waits for the other, the peak memory of a rank, and the ratio to the run with one rank in
+the same round. Takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-# name, ranks, micro-steps per rank, moments shared out, the row that it is compared with, the ratio that is asked for
+# name, ranks, micro-steps per rank, sharded moments (--zero), index of the row to compare with, required ratio
 ROWS = (
     ("1 rank, 2 cores, 8 micro-steps", 1, 8, False, 0, None),
     ("2 ranks, 1 core each, 4 micro-steps", 2, 4, False, 0, 0.95),
@@ -32,11 +33,11 @@ ROWS = (
 
 
 def measure(preset: str, T: int, micro_steps: int, zero: bool, steps: int, cores: list[int]) -> None:
-    """One rank of one row: print a line of JSON on rank 0."""
+    """Train on one rank of one row; rank 0 prints a line of JSON."""
     rank, size = (
         int(os.environ.get(f"OMPI_COMM_WORLD_{name}", default)) for name, default in (("RANK", 0), ("SIZE", 1))
     )
-    os.sched_setaffinity(0, {cores[rank]} if size > 1 else set(cores))  # before NumPy counts them
+    os.sched_setaffinity(0, {cores[rank]} if size > 1 else set(cores))  # before NumPy counts the cores
 
     import resource
 
@@ -68,7 +69,7 @@ def measure(preset: str, T: int, micro_steps: int, zero: bool, steps: int, cores
         waits.append(comm.waited - waited)
     peak = comm.all_gather(np.array(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
     if rank == 0:
-        each = size * micro_steps * T / statistics.median(seconds[1:])  # the first step compiles
+        each = size * micro_steps * T / statistics.median(seconds[1:])  # the first step compiles kernels
         row = {"tokens_per_s": each, "comm": statistics.median(waits[1:]), "peak_MiB": peak.max()}
         print(json.dumps(row), flush=True)
 
@@ -80,7 +81,7 @@ def run(row: tuple, given: argparse.Namespace) -> dict[str, float]:
     if ranks > 1:
         mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if mpirun is None:
-            raise SystemExit('mpi.py: there is no mpirun; pip install -e ".[mpi]"')
+            raise SystemExit('mpi.py: mpirun is not installed; pip install -e ".[mpi]"')
         command = [mpirun, "--bind-to", "none", "--oversubscribe", "-n", str(ranks), *command]
     env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -90,15 +91,15 @@ def run(row: tuple, given: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each run, after a first one")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps in each run, after one warm-up step")
     parser.add_argument("--preset", default="gpt2")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--micro-steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--zero", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
-        raise SystemExit("mpi.py: it takes two cores")
+        raise SystemExit("mpi.py: requires two cores")
     if given.micro_steps:
         measure(given.preset, given.length, given.micro_steps, given.zero, given.steps, cores)
         return
@@ -118,9 +119,7 @@ def main() -> None:
     for name, *_, wanted in ROWS:
         if wanted:
             got = statistics.median(ratios[name])
-            print(
-                f"{name}: {got:.3f} of one rank's tokens/s; {wanted} asked for: {'ok' if got >= wanted else 'MISSED'}"
-            )
+            print(f"{name}: {got:.3f} of one rank's tokens/s; {wanted} required: {'ok' if got >= wanted else 'MISSED'}")
 
 
 if __name__ == "__main__":

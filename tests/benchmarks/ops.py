@@ -1,7 +1,8 @@
 """Single operations on the CPU, compared with PyTorch's: python tests/benchmarks/ops.py [--json FILE]
 
-The operations of a training step of the 124M model on one sequence of 1,024 tokens, forward and backward, in float32:
-by this project's kernels, by reference.py on NumPy, and by PyTorch, if it is installed, interleaved.
+Measures the operations in a training step of the 124M model on one sequence of 1,024 tokens, forward and backward, in
+float32. The contenders run interleaved: this project's kernels, reference.py with NumPy, and PyTorch, if it is
+installed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a repository
 from tests.benchmarks.alternate import Contender, Tasks, Work, command, parser, positive, report, timed, versions
 
 RATE = 0.1  # dropout rate
-LEAST = 0.1  # minimum seconds for which an operation is repeated per turn
+LEAST = 0.1  # an operation is repeated for at least this many seconds per turn
 
 
 def works(T: int, C: int, V: int) -> dict[str, Work]:
-    """FLOPs for operations with matrix products, and for all others the bytes that must be read and written."""
+    """The FLOPs of operations with matrix products; the minimum bytes read and written of all others."""
     linear, attention, narrow, wide, table = 8 * T * C * C, 2 * T * T * C, 4 * T * C, 16 * T * C, 4 * V * C
     return {
         "linear forward": Work(flops=linear),
@@ -40,7 +41,7 @@ def works(T: int, C: int, V: int) -> dict[str, Work]:
 
 
 def arrays(T: int, C: int, V: int) -> dict[str, Any]:
-    """The operands by name, the same for all programs."""
+    """The operands by name; they are the same for all contenders."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def arrays(T: int, C: int, V: int) -> dict[str, Any]:
 
 
 def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tasks:
-    """This project's kernels; kernels="reference" uses reference.py on NumPy."""
+    """This project's kernels; kernels="reference" uses reference.py with NumPy."""
     if kernels is not None:
         os.environ["TINYGRAD2_KERNELS"] = kernels
     import numpy as np
@@ -100,14 +101,14 @@ def ours(T: int, C: int, V: int, H: int, count: int, kernels: str | None) -> Tas
 
 
 def ready(functions: dict[str, Callable[[], Any]]) -> Tasks:
-    """The tasks; each runs once."""
+    """The tasks, after one warm-up run of each."""
     for function in functions.values():
         function()
     return {name: timed(function) for name, function in functions.items()}
 
 
 def theirs(T: int, C: int, V: int, H: int, count: int) -> Tasks:
-    """PyTorch's operations; backward is only autograd's backward pass, on a retained graph."""
+    """PyTorch's operations. A backward task runs only the backward pass, on a retained graph."""
     import torch
     from torch.nn import functional
 

@@ -1,9 +1,9 @@
 """python -m gpt2.plan compared with real training steps on this CPU: python tests/benchmarks/plan.py [--only NAME ...]
 
-Three models of different sizes are planned and trained, each in its own process: the time of a step from rates
-measured just before, and the peak memory of the process. In each round the rates and the step are measured one after
-the other; the ratio is the median over the rounds. The exit status is 1 if a planned time is off by more than 20 %
-or a planned memory by more than 5 % and 30 MB, by which the libraries of processes differ. The 124M model needs 4 GB.
+Plans and trains three models of different sizes, each in its own process, and compares the time of a step and the peak
+memory of the process. In each round, first the rates that the plan needs are measured, then the step; the ratio is the
+median over the rounds. The exit status is 1 if a planned time is off by more than 20 %, or a planned memory by more
+than 5 % and 30 MB (the memory of the loaded libraries varies by that much). The 124M model needs 4 GB.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from tests.benchmarks.train_step import our_step  # noqa: E402
 from tinygrad2 import machine, threads  # noqa: E402
 
 NO_DROPOUT = {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0}
-SIZES = {  # the config, B and T
+SIZES = {  # config, B and T
     "nano": (GPT2Config.preset("nano"), 8, 64),
     "small": (GPT2Config(vocab_size=512, n_positions=128, n_embd=384, n_layer=6, n_head=6, **NO_DROPOUT), 12, 128),
     "gpt2": (GPT2Config(**{**vars(GPT2Config.preset("gpt2")), **NO_DROPOUT}), 1, 1024),
 }
 TIME_WITHIN, MEMORY_WITHIN, LIBRARIES_WITHIN = 0.2, 0.05, 30e6
-SECONDS = 2.0  # of steps in a round, at least
+SECONDS = 2.0  # steps are repeated for at least this long in a round
 
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
-    """Planned and measured seconds of a step, and bytes of this process."""
+    """The planned and measured seconds of a step, and bytes of this process."""
     config, B, T = SIZES[name]
     step = Step(config, B, T, threads=threads.count())
     make_step = our_step(GPT2(config), B, T)
@@ -87,9 +87,9 @@ def line(name: str, found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), help="only these models")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of measurements [default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds [default: %(default)s]")
     parser.add_argument("--threads", type=int, default=threads.count(), metavar="N", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process of one model
     options = parser.parse_args(arguments)
     threads.set_count(options.threads)

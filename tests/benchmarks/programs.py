@@ -1,7 +1,7 @@
 """Random programs compared with NumPy and PyTorch: python tests/benchmarks/programs.py [--count 10000] [--first 0]
 
-Values and gradients in float64 of the programs that tests/tinygrad2/programs.py draws. Prints each program that
-differs, with the seed that draws it again, and how many did.
+Compares values and gradients in float64 of the programs that tests/tinygrad2/programs.py generates. Prints each program
+that differs, with the seed that reproduces it, and the number of failures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.benchmarks.alternate import command, positive, versions
 
 
 def check(seeds: range) -> tuple[list[tuple[int, str]], Counter[str]]:
-    """(seed, message) for every program that differs or raises an error, and the use count of each operation."""
+    """(seed, message) for every program that differs or raises an error, and the number of uses of each operation."""
     from tqdm import tqdm
 
     from tests.tinygrad2.programs import draw_program, failure, from_generator
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpt2.console import Parser
 
     parser = Parser("python tests/benchmarks/programs.py", __doc__)
-    parser.add_argument("--count", type=positive, default=10_000, metavar="N", help="programs [%(default)s]")
+    parser.add_argument("--count", type=positive, default=10_000, metavar="N", help="number of programs [%(default)s]")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first program [%(default)s]")
     options = parser.parse_args(arguments)
     failures, used = check(range(options.first, options.first + options.count))
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"seed {seed}: {message}\n")
     peers = "NumPy and PyTorch" if versions("torch") else "NumPy (PyTorch is not installed)"
     print(f"{options.count:,} programs compared with {peers}: {len(failures)} failures")
-    print(f"{sum(used.values()):,} operations of {len(used)} kinds; least often {used.most_common()[-1]}")
+    print(f"{sum(used.values()):,} operations of {len(used)} kinds; least frequent: {used.most_common()[-1]}")
     return 1 if failures else 0
 
 

@@ -1,8 +1,8 @@
 """How fast does train.py reach a loss? python tests/benchmarks/recipe.py [--seeds N ...] [--target LOSS] [--json FILE]
 
-Trains nano on the documentation inside Python with AdamW and a cosine, the defaults of earlier versions, and with the
-defaults of today, one after the other for each seed. Prints for each run the number of steps, their seconds (without
-evaluations and checkpoints), the first evaluation at or below the target, and the final validation loss.
+For each seed, trains nano on the documentation that ships with Python, first with AdamW and a cosine schedule (the
+defaults of earlier versions), then with the current defaults. Prints for each run the number of steps, the time of the
+steps (without evaluations and checkpoints), the first evaluation at or below the target, and the final validation loss.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tests.benchmarks.alternate import RESULTS, SETTINGS, command, new_file, slu
 ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "AdamW, cosine", "default"
 RECIPES: dict[str, list[str]] = {OLD: ["--optimizer", "adamw"], NEW: []}  # options of train.py
-TARGET = 1.555  # nats per byte: what AdamW reaches in its 3,000 steps
+TARGET = 1.555  # nats per byte: the loss that AdamW reaches in its 3,000 steps
 EVALUATIONS = ["--eval-interval", "50", "--save-interval", "0"]
 
 
 def train(out: Path, options: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of the log of a run."""
+    """Run train.py and return the rows of its log."""
     words = [sys.executable, str(ROOT / "train.py"), "--out-dir", str(out), *options]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
@@ -40,8 +40,8 @@ def train(out: Path, options: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
-    """The steps and seconds of a run and to the first evaluation at or below the target (None if there is none), the
-    validation losses by step, and the last one."""
+    """The steps and seconds of a run, those up to the first evaluation at or below the target (None if there is none),
+    the final validation loss, and the validation losses by step."""
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     reached = next((step for step, loss in losses.items() if loss <= target), None)
     return {
@@ -55,7 +55,7 @@ def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
 
 
 def measure(seeds: Iterable[int], target: float, options: Sequence[str]) -> list[dict[str, Any]]:
-    """The summaries of all runs. Options of train.py apply to every run."""
+    """Do all runs and return their summaries. `options` are passed to train.py in every run."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
@@ -72,7 +72,7 @@ def heading(target: float) -> str:
 
 
 def line(run: dict[str, Any]) -> str:
-    """The line of a run in the table."""
+    """The table row of a run."""
     steps, seconds = run["steps_to_target"], run["seconds_to_target"]
     reached = f"{'never':>18}{'':>9}" if steps is None else f"{steps:>18,}{seconds:>9.1f}"
     return (
@@ -81,8 +81,8 @@ def line(run: dict[str, Any]) -> str:
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[float | None]:
-    """For each seed, the seconds to the target with the default recipe, as a fraction of those with the old one, or of
-    all its seconds if it does not reach the target. None where the default recipe does not."""
+    """For each seed, the seconds to the target with the default recipe divided by those with the old recipe (by all
+    seconds of the old run if it does not reach the target). None if the default recipe does not reach the target."""
     old, new = ([run for run in runs if run["recipe"] == name] for name in (OLD, NEW))
     return [
         None if b["seconds_to_target"] is None else b["seconds_to_target"] / (a["seconds_to_target"] or a["seconds"])

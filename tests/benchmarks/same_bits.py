@@ -1,9 +1,11 @@
-"""Check that this tree is bit-identical to another commit: `python tests/benchmarks/same_bits.py [--commit REVISION]`
+"""Check that training in this tree is bit-identical to another commit: `python tests/benchmarks/same_bits.py
+[--commit REVISION]`
 
-Both train `nano` for 40 steps with dropout on the same data: in float32, in float64, with --recompute block, on 2
-ranks, and on 2 ranks with --zero. Compared are the step, loss, lr, grad_norm and tokens of every row of log.jsonl, and
-every parameter and moment of the last checkpoint. Then this tree resumes the other commit's run from its step 20.
---zero-tolerance 1e-5 allows the runs with --zero such relative differences of losses, and a tenth of it of norms.
+Both commits train `nano` for 40 steps with dropout on the same data: in float32, in float64, with --recompute block, on
+2 ranks, and on 2 ranks with --zero. The script compares the step, loss, lr, grad_norm and tokens of every row of
+log.jsonl, and every parameter and moment of the last checkpoint. Then this tree resumes the other commit's run at its
+step 20. With --zero-tolerance 1e-5, losses of the runs with --zero may differ by that relative amount, and gradient
+norms by a tenth of it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FIELDS = ("step", "loss", "lr", "grad_norm", "tokens")
 OPTIONS = ["--dropout", "0.1", "--max-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "2",
            "--save-interval", "20", "--log-interval", "20", "--keep", "9", "--device", "cpu",
            "--warmup-iters", "20"]  # fmt: skip
-TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (the defaults differed in earlier versions)
+TWO_RANKS = ["--batch-size", "8", "--total-batch-size", "1024"]  # (earlier versions had other defaults)
 CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
     "float32": (1, []),
     "float64": (1, ["--dtype", "float64"]),
@@ -38,7 +40,7 @@ CASES: dict[str, tuple[int, list[str]]] = {  # ranks and options
 
 
 def train(tree: Path, out: Path, ranks: int, options: list[str]) -> None:
-    """Run a tree's train.py; exits if it fails."""
+    """Run train.py of a tree; exits if it fails."""
     command = [sys.executable, "train.py", "--out-dir", str(out), *OPTIONS, *options]
     if ranks > 1:
         mpirun = str(Path(sys.executable).with_name("mpirun"))
@@ -51,7 +53,7 @@ def train(tree: Path, out: Path, ranks: int, options: list[str]) -> None:
 
 
 def adamw(tree: Path) -> list[str]:
-    """The option for AdamW, which earlier versions use by default; some do not have the option."""
+    """The options that select AdamW. Earlier versions use it by default, and some do not have --optimizer."""
     env = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=tree, env=env, capture_output=True, text=True)
     return ["--optimizer", "adamw"] if "--optimizer" in done.stdout else []
@@ -75,10 +77,10 @@ def difference(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> str:
             if abs(p - q) > allowed:
                 return f"{field} of step {x[0]}: {p!r} and {q!r}"
     if a["arrays"].keys() != b["arrays"].keys():
-        return f"other arrays: {sorted(a['arrays'].keys() ^ b['arrays'].keys())[:3]}"
+        return f"arrays in only one run: {sorted(a['arrays'].keys() ^ b['arrays'].keys())[:3]}"
     for name, values in a["arrays"].items():
         if not tolerance and values.tobytes() != b["arrays"][name].tobytes():
-            return f"{name}: {np.abs(values - b['arrays'][name]).max():.1e} apart"
+            return f"{name}: differs by up to {np.abs(values - b['arrays'][name]).max():.1e}"
     return ""
 
 
@@ -86,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="HEAD", help="the commit to compare with [%(default)s]")
     parser.add_argument("--only", choices=[*CASES, "resume"], nargs="*", help="only these cases")
-    parser.add_argument("--zero-tolerance", type=float, default=0.0, help="relative, for --zero [%(default)s]")
+    parser.add_argument("--zero-tolerance", type=float, default=0.0, help="see above [%(default)s]")
     options = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """Small models on the CPU, compared with PyTorch's eager mode: python tests/benchmarks/small.py [--json FILE]
 
-Steps so small that the time is that of the calls, not of the arithmetic; forward, loss, backward and optimizer, in
-float32, interleaved:
-  - an MLP 2-64-64-3 with ReLU and cross-entropy, 128 points at a time, with SGD and with AdamW;
-  - a GRU written with operators alone (arXiv:1406.1078), 8 steps of 32 sequences, 32 wide, with SGD.
+The steps are so small that call overhead, not arithmetic, dominates the time. A step is the forward pass, the loss, the
+backward pass and the optimizer, in float32. The programs run interleaved:
+  - an MLP 2-64-64-3 with ReLU and cross-entropy on 128 points, with SGD and with AdamW;
+  - a GRU written only with operators (arXiv:1406.1078), 8 time steps of 32 sequences, width 32, with SGD.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.benchmarks.alternate import Contender, Tasks, Work, command, parser, 
 
 SIZES, BATCH = (2, 64, 64, 3), 128  # the MLP
 STEPS, SEQUENCES, WIDTH = 8, 32, 32  # the GRU
-LEAST = 0.2  # minimum seconds for which a step is repeated per turn
+LEAST = 0.2  # a step is repeated for at least this many seconds per turn
 TASKS = ("MLP, SGD", "MLP, AdamW", "GRU, SGD")
 
 
@@ -50,7 +50,7 @@ def gru_weights() -> list[Any]:
 
 
 def gru_loss(library: Any, parameters: Sequence[Any], x: Any) -> Any:
-    """The mean square of the last state. `library` has sigmoid and tanh; `parameters` come from gru_weights."""
+    """The mean square of the last state. `library` provides sigmoid and tanh; `parameters` come from gru_weights."""
     update, reset, new = (parameters[i : i + 3] for i in (0, 3, 6))
 
     def gate(part: Sequence[Any], inputs: Any, state: Any) -> Any:
@@ -64,7 +64,7 @@ def gru_loss(library: Any, parameters: Sequence[Any], x: Any) -> Any:
 
 
 def step_of(loss: Callable[[], Any], optimizer: Any) -> Callable[[], float]:
-    """One training step; returns the loss before the update."""
+    """A function that does one training step and returns the loss before the update."""
 
     def step() -> float:
         optimizer.zero_grad()

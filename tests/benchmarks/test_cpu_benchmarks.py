@@ -1,4 +1,4 @@
-"""The alternation and its arithmetic, equal results of the peers, and a tiny run of each benchmark."""
+"""The CPU benchmarks: interleaving, derived figures, equal results of the compared programs, a tiny run of each."""
 
 import datetime
 import json
@@ -25,10 +25,10 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(alternate, "BUFFER", 1 << 20)
 
 
-# Contenders for the tests, imported by the processes in which they run.
+# Contenders for the tests. Their worker processes import these functions.
 
 
-def leaves_its_name(name, path):
+def append_name(name, path):
     turns = iter(range(100))
 
     def task():
@@ -41,15 +41,15 @@ def leaves_its_name(name, path):
     return {"task": task}
 
 
-def dies(path):
+def exits(path):
     return {"task": lambda: os._exit(3)}
 
 
 @pytest.mark.slow
-def test_the_programs_alternate_and_one_that_fails_is_left_out(tmp_path):
+def test_contenders_alternate_and_one_that_fails_is_excluded(tmp_path):
     path = tmp_path / "turns"
-    contenders = [Contender(name, leaves_its_name, (name, path), {"task": Work()}) for name in "ABC"]
-    contenders.append(Contender("D", dies, (path,), {"task": Work()}))
+    contenders = [Contender(name, append_name, (name, path), {"task": Work()}) for name in "ABC"]
+    contenders.append(Contender("D", exits, (path,), {"task": Work()}))
     found = alternate.alternate(contenders, rounds=3)
     assert path.read_text() == "ABC" * 2 + "AC"
     assert found.seconds == {"task": {"A": [0.5] * 3, "B": [0.5], "C": [0.5] * 3}}
@@ -59,14 +59,14 @@ def test_the_programs_alternate_and_one_that_fails_is_left_out(tmp_path):
     assert all(1 << 22 < peak < 1 << 40 for peak in found.peak_bytes.values())
 
 
-def test_results_of_another_process_are_returned():
+def test_apart_returns_the_result_of_another_process():
     assert alternate.apart(divmod, 7, 3) == (2, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         alternate.apart(os.stat, "nowhere")
 
 
 def figures():
-    """Two rounds, in which the second product is faster, and memory is read at 20 and copied at 40 bytes/s."""
+    """Figures from two rounds. The second sgemm is faster; memory is read at 20 bytes/s and copied at 40 bytes/s."""
     work = {"step": Work(tokens=10, flops=300), "copying": Work(read=10, written=10)}
     machine = dict(zip(alternate.MACHINE, (*[Work(flops=200)] * 3, Work(read=20), Work(20, 0, 20, 20)), strict=True))
     contenders = [
@@ -92,7 +92,7 @@ def test_figures():
     assert step["share_of_bfloat16"] == pytest.approx(200 / 800)
     assert step["times_as_fast_as"] == {
         "slow": {"median": 2.5, "min": 2.0, "max": 3.0},
-        "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # from the only round that both completed
+        "fast": {"median": 2.0, "min": 2.0, "max": 2.0},  # from the only round that both have completed
     }
     assert "times_as_fast_as" not in found["tasks"]["step"]["slow"]
     assert found["tasks"]["copying"]["ours"]["bytes_per_s"] == 20
@@ -100,7 +100,7 @@ def test_figures():
     assert found["peak_bytes"] == {"ours": 5 * 10**9}
 
 
-def test_the_table():
+def test_table():
     head = {"processor": "P", "threads": 2, "date": "D", "rounds": 2, "load_average": 0.25, "versions": {"a": "1"}}
     lines = alternate.table({**head, "blas": "B", **figures()})
     assert lines[0] == "P, 2 threads, D, 2 rounds, load average before 0.25"
@@ -125,7 +125,7 @@ def test_the_table():
 
 
 @pytest.mark.extras("torch")
-def test_pytorch_makes_the_same_steps():
+def test_pytorch_computes_the_same_training_steps():
     import torch
 
     model, theirs = GPT2(TINY), train_step.torch_model(TINY)
@@ -142,7 +142,7 @@ def test_pytorch_makes_the_same_steps():
 
 
 @pytest.mark.extras("torch")
-def test_pytorch_makes_the_same_small_steps():
+def test_pytorch_computes_the_same_steps_of_small_models():
     import torch
 
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def test_pytorch_makes_the_same_small_steps():
 
 
 @pytest.mark.slow
-def test_small_work(small_limits, tmp_path, monkeypatch):
+def test_small_benchmark(small_limits, tmp_path, monkeypatch):
     monkeypatch.setattr(small, "LEAST", 0.0)
     out = tmp_path / "small.json"
     assert small.main(["--rounds", "1", "--json", str(out)]) == 0
@@ -166,8 +166,8 @@ def test_small_work(small_limits, tmp_path, monkeypatch):
 
 
 @pytest.mark.extras("transformers")
-def test_ctranslate2_gets_the_same_model(tmp_path):
-    ctranslate2 = pytest.importorskip("ctranslate2")  # not in any extra: used only by a benchmark
+def test_ctranslate2_generates_the_same_tokens(tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")  # in none of the extras: only a benchmark uses it
     model = GPT2(TINY)
     model.save_pretrained(tmp_path)
     decode.convert(str(tmp_path), str(tmp_path / "theirs"))
@@ -178,7 +178,7 @@ def test_ctranslate2_gets_the_same_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_step(small_limits, tmp_path, capsys):
+def test_train_step_benchmark(small_limits, tmp_path, capsys):
     out = tmp_path / "step.json"
     options = ["--preset", "nano", "--block", "32", "--no-compile", "--rounds", "2", "--json", str(out)]
     assert train_step.main(options) == 0
@@ -197,7 +197,7 @@ def test_the_training_step(small_limits, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_decoding(small_limits, tmp_path):
+def test_decode_benchmark(small_limits, tmp_path):
     out = tmp_path / "decode.json"
     options = ["--preset", "nano", "--batch", "1", "3", "--context", "31", "--prompt", "60", "--rounds", "1"]
     assert decode.main([*options, "--json", str(out)]) == 0
@@ -218,7 +218,7 @@ def test_decoding(small_limits, tmp_path):
 
 
 @pytest.mark.slow
-def test_operations(small_limits, tmp_path, monkeypatch):
+def test_ops_benchmark(small_limits, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "LEAST", 0.0)
     out = tmp_path / "ops.json"
     assert ops.main(["--preset", "nano", "--block", "16", "--rounds", "1", "--json", str(out)]) == 0
@@ -228,10 +228,10 @@ def test_operations(small_limits, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_plans_are_compared_with_steps(tmp_path, capsys):
-    """Small models are used, whose times are too short to agree."""
+def test_plan_benchmark(tmp_path, capsys):
+    """The model is small, and its times are too short to agree with the plan."""
     file = tmp_path / "plan.json"
-    for _ in range(2):  # the first one may compile kernels, which takes memory
+    for _ in range(2):  # the first run may compile kernels, which takes memory
         plan.main(["--only", "nano", "--rounds", "1", "--threads", "1", "--json", str(file)])
     assert re.search(r"^nano( +[\d.,]+){3} \([\d.]+ to [\d.]+\)( +[\d.]+){3}$", capsys.readouterr().out, re.M)
     found = json.loads(file.read_text())["results"]["nano"]
@@ -243,7 +243,7 @@ def test_plans_are_compared_with_steps(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_bfloat16_costs(tmp_path):
+def test_bfloat16_weights_change_the_loss_only_slightly(tmp_path):
     model = GPT2(TINY)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
@@ -265,7 +265,7 @@ def test_what_bfloat16_costs(tmp_path):
         (decode.main, ["--data", "x"], "--checkpoint and --data must be used together"),
     ],
 )
-def test_a_mistake_is_one_line(main, options, said, capsys):
+def test_an_invalid_option_prints_one_line(main, options, said, capsys):
     with pytest.raises(SystemExit):
         main(options)
     file = r"tests/benchmarks/\w+\.py"
@@ -273,13 +273,13 @@ def test_a_mistake_is_one_line(main, options, said, capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
 
 
-def test_an_error_in_the_files_is_one_line_too(monkeypatch, capsys):
+def test_an_error_in_a_file_prints_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks/decode.py", "--checkpoint", "nowhere", "--data", "nothing"])
     assert alternate.command(decode.main) == 1
     assert re.fullmatch(r"decode\.py: data 'nothing': no such data set .*\n", capsys.readouterr().err)
 
 
-def test_an_interrupted_command_reports_it(capsys):
+def test_an_interrupted_command_prints_one_line(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -287,23 +287,23 @@ def test_an_interrupted_command_reports_it(capsys):
     assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
-def test_settings_that_slow_a_library_down_are_removed_and_said(monkeypatch, tmp_path, capsys, small_limits):
+def test_settings_that_slow_a_library_down_are_removed_and_reported(monkeypatch, tmp_path, capsys, small_limits):
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     options = SimpleNamespace(threads=1, rounds=1, json=tmp_path / "limits.json")
     assert alternate.report("limits", options, []) == 0
-    assert "for all: OPENBLAS_CORETYPE=Haswell removed from the environment" in capsys.readouterr().out
+    assert "removed from the environment: OPENBLAS_CORETYPE=Haswell\n" in capsys.readouterr().out
     record = json.loads((tmp_path / "limits.json").read_text())
     assert record["removed_settings"] == {"OPENBLAS_CORETYPE": "Haswell"}
     assert "Haswell" not in record["blas"]
     assert "OPENBLAS_CORETYPE" not in os.environ
 
 
-def test_results_are_kept_by_processor(monkeypatch):
+def test_names_of_result_files_contain_processor_and_date(monkeypatch):
     monkeypatch.setattr("tinygrad2.machine.processor_model", lambda: "AMD EPYC(TM) 25 17 1 0a1b2c3d")
     assert alternate.slug() == f"amd-epyc-tm-25-17-1-{datetime.date.today().isoformat()}"
 
 
-def test_two_runs_are_compared_by_their_smoothed_and_final_losses():
+def test_runs_are_compared_by_smoothed_training_loss_and_final_validation_loss():
     rows = [{"loss": 4 - 0.01 * i} for i in range(50)]
     wide = [*rows, {"loss": 3.5, "val_loss": 2.0}]
     narrow = [{**row, "loss": 1.003 * row["loss"]} for row in rows] + [{"loss": 3.5, "val_loss": 2.01}]
@@ -313,14 +313,14 @@ def test_two_runs_are_compared_by_their_smoothed_and_final_losses():
 
 
 def recipe_rows(losses, seconds):
-    """The log of a run of 100 steps per loss, each evaluated at its last step."""
+    """The log of a run with 100 steps per loss; each loss is the evaluation at the last of its steps."""
     rows = [{"step": step, "seconds": seconds} for step in range(1, 100 * len(losses) + 1)]
     for i, loss in enumerate(losses):
         rows[100 * i + 99]["val_loss"] = loss
     return rows
 
 
-def test_the_seconds_to_a_loss_are_counted_to_the_first_evaluation_that_reaches_it():
+def test_seconds_to_target_end_at_the_first_evaluation_that_reaches_it():
     found = recipe.summary(recipe_rows([1.7, 1.55, 1.56, 1.5], 0.25), 1.55)
     assert (found["steps"], found["seconds"], found["final_loss"]) == (400, 100, 1.5)
     assert (found["steps_to_target"], found["seconds_to_target"]) == (200, 50)
@@ -328,14 +328,14 @@ def test_the_seconds_to_a_loss_are_counted_to_the_first_evaluation_that_reaches_
     assert (never["steps_to_target"], never["seconds_to_target"]) == (None, None)
     old, new = ({"recipe": name, "seed": 1} for name in (recipe.OLD, recipe.NEW))
     runs = [{**old, **never}, {**new, **found}, {**old, **found}, {**new, **never}]
-    assert recipe.ratios(runs) == [50 / 100, None]  # against all seconds of a run that does not reach it
+    assert recipe.ratios(runs) == [50 / 100, None]  # the old recipe never reaches it: its total time counts
     widths = {len(text) for text in (recipe.heading(1.55), *map(recipe.line, runs))}
     assert len(widths) == 1
     assert recipe.line(runs[0]).split()[-2:] == ["never", "1.6000"]
 
 
 @pytest.mark.slow
-def test_recipes_are_compared_by_the_losses_that_train_py_logs(workspace, tmp_path, capsys):
+def test_recipe_benchmark(workspace, tmp_path, capsys):
     out = tmp_path / "recipe.json"
     options = ["--data", "text", "--max-iters", "4", "--seeds", "3", "4", "--target", "5.6", "--json", str(out)]
     assert recipe.main(options) == 0

@@ -1,4 +1,4 @@
-"""The training curves beside PyTorch's, and the table of kept results."""
+"""The comparison of training curves with PyTorch's, and the table of stored results."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_distances():
 
 @pytest.mark.slow
 @pytest.mark.extras("torch", "transformers")
-def test_the_curves_start_together_and_are_kept(tmp_path, capsys):
+def test_curves_start_at_the_same_loss_and_are_reused(tmp_path, capsys):
     out, folder = tmp_path / "curves.json", tmp_path / "kept"
     folder.mkdir()
     options = ["--steps", "12", "--threads", "1", "--json", str(out), "--folder", str(folder)]
@@ -47,7 +47,7 @@ def test_the_curves_start_together_and_are_kept(tmp_path, capsys):
     assert json.loads(out.read_text())["distances"]["tinygrad2"]["validation, relative"] == pytest.approx(1)
 
 
-def test_only_the_newest_result_of_a_processor_counts(tmp_path):
+def test_only_the_newest_result_of_a_processor_is_used(tmp_path):
     for name, processor, date, ratio in (
         ("a", "X", "2026-01-02", 1.5),
         ("b", "X", "2026-01-01", 9),
@@ -70,7 +70,7 @@ def test_only_the_newest_result_of_a_processor_counts(tmp_path):
     ]
 
 
-def test_float32_is_compared_with_float32(tmp_path):
+def test_float32_is_compared_only_with_float32(tmp_path):
     times = {"PyTorch": {"median": 1.5}, "PyTorch bfloat16": {"median": 0.5}}
     step = {
         "ours": {"median": 2, "tokens_per_s": 3.0, "times_as_fast_as": times},
@@ -86,7 +86,7 @@ def test_float32_is_compared_with_float32(tmp_path):
     ]
 
 
-def test_kept_results_are_printed(capsys):
+def test_stored_results_are_printed(capsys):
     kept.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(kept.rows()) + len({row.processor for row in kept.rows()})

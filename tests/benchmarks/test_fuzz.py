@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, and a check that it detects wrong readers."""
+"""A short run of the fuzzer, and tests that it detects faulty readers."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ def test_damaged_files_are_rejected_or_read_correctly():
         assert outcomes[name]["rejected"] > 5 or name == "journal", name  # a damaged journal starts over
 
 
-def test_a_case_is_reproducible(tmp_path):
+def test_cases_are_reproducible(tmp_path):
     fuzz.make_originals(tmp_path / "originals")
     targets = list(fuzz.TARGETS)
     for number in range(40):
@@ -39,15 +39,15 @@ def test_a_case_is_reproducible(tmp_path):
         assert contents[0] == contents[1]
 
 
-CASES = {  # the behaviour of a reader, and the expected verdict
-    "an exception of another kind": ("raise KeyError('x')", "wrong", "KeyError"),
-    "an error of two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
+CASES = {  # what a reader does, in words: the statement, the expected outcome, and part of the message
+    "an exception of another type": ("raise KeyError('x')", "wrong", "KeyError"),
+    "an error with two lines": ("raise ValueError(f'{folder}: a\\nb')", "wrong", "a\nb"),
     "an error that names no file": ("raise ValueError('it is damaged')", "wrong", "it is damaged"),
-    "a result that is not whole": ("assert False", "wrong", "AssertionError"),
+    "an invalid result": ("assert False", "wrong", "AssertionError"),
     "memory": ("bytearray(2**31)", "wrong", "MemoryError"),
     "a command": ("os.system('true')", "wrong", "os.system"),
     "an evaluation": ("eval('1+1')", "wrong", "compile"),
-    "a file that is written": ("open(folder / 'new', 'w').close()", "wrong", "open"),
+    "writing a file": ("open(folder / 'new', 'w').close()", "wrong", "open"),
     "a connection": ("socket.socket().connect_ex(('127.0.0.1', 9))", "wrong", "socket.connect"),
     "an error": ("raise ValueError(f'{folder}: one line')", "rejected", "/case: one line"),
     "nothing": ("pass", "read", ""),
@@ -57,7 +57,7 @@ CASES = {  # the behaviour of a reader, and the expected verdict
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    """run_cases with readers that do these things in their first case; the hang is last."""
+    """Runs run_cases with the readers of CASES; the one that hangs is the last."""
     folder = tmp_path_factory.mktemp("originals")
     program = (
         "import os, socket, sys\nfrom pathlib import Path\nfrom tests.benchmarks import fuzz\n"

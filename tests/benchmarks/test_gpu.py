@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and the whole benchmark at a tiny size on the stand-in for CuPy."""
+"""The arithmetic of the GPU benchmark, and all of its parts at a tiny size with the stand-in for CuPy."""
 
 import json
 import re
@@ -52,7 +52,7 @@ class Gemm:
 
 @pytest.fixture
 def device(monkeypatch):
-    """The stand-in for CuPy, which supports neither TF32 nor products by cublasLt."""
+    """The stand-in for CuPy. It supports neither TF32 nor cublasLt."""
     monkeypatch.setattr(CudaBackend, "unsupported_reason", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "tinygrad2.kernels.gemm", types.SimpleNamespace(Gemm=Gemm))
     with strict_cupy.registered() as counters:
@@ -60,13 +60,13 @@ def device(monkeypatch):
 
 
 def each_part(part):
-    """A part, by a separate Bench, as in a separate process."""
+    """Run a part with its own Bench, as in its own process."""
     if part == "checks":
         return {"results": {"checks": CHECKS}, "errors": {}}
     return gpu.Bench(TINY, "cpu").run(part)
 
 
-def test_the_parts_fit_their_limits():
+def test_limits_of_the_parts_fit_the_total_limits():
     assert list(gpu.LIMITS)[:7] == ["compile", "gemm", "attention", "checks", "step", "kernels", "decode"]
     assert sum(gpu.LIMITS.values()) <= gpu.SECONDS < 600
     assert max(gpu.LIMITS.values()) <= gpu.ONLY_SECONDS
@@ -82,7 +82,7 @@ def test_step_figures():
     assert gpu.step_figures(0.5, config, 16, 1024, None)["mfu"] is None
 
 
-def test_floors_are_those_of_an_h200(device, monkeypatch):
+def test_floors_of_an_h200(device, monkeypatch):
     monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     bench = gpu.Bench(replace(TINY, precisions=("bfloat16",)))
     assert bench.floor(4.3e12, 0) == pytest.approx(1, rel=0.01)
@@ -92,8 +92,8 @@ def test_floors_are_those_of_an_h200(device, monkeypatch):
     )
 
 
-def test_the_kernels_of_a_step_are_those_of_the_cost_model(device, monkeypatch):
-    """On an H200 the whole step of the 124M model is predicted; each part of it has a name that is measured."""
+def test_every_predicted_kernel_of_a_step_is_measured(device, monkeypatch):
+    """For an H200, the time of a step of the 124M model is predicted, for kernels that the benchmark measures."""
     monkeypatch.setattr(Cuda, "gpu_name", lambda self: "NVIDIA H200")
     bench = gpu.Bench(replace(TINY, model=gpu.NO_DROPOUT, block_size=1024, precisions=("bfloat16",)))
     predicted = bench.predicted_step("bfloat16", 64)
@@ -108,7 +108,7 @@ def reference_names():
     return {name for name in vars(reference) if re.search(gpu.KERNEL, name)}
 
 
-def test_what_a_kernel_moves_and_computes():
+def test_bytes_and_flops_of_a_kernel_call():
     B, T, C, V = 2, 3, 4, 11
     x, dy, weight, dbias = np.zeros((B, T, C)), np.zeros((B, T, 8)), np.zeros((C, 8)), np.zeros(8)
     moved = x.nbytes + dy.nbytes + weight.nbytes
@@ -128,9 +128,9 @@ def test_what_a_kernel_moves_and_computes():
     flops = 2 * B * T * C * V
     assert gpu.cost("lm_head_forward", (x, wte, targets), (np.float64(0), dlogits))[1] == flops
     assert gpu.cost("lm_head_backward", (np.float64(1), dlogits, x, wte, wte), x)[1] == 2 * flops
-    few = np.zeros((1, 2), np.int64)  # two rows of the embedding are read, not eleven
+    few = np.zeros((1, 2), np.int64)  # two rows of the embedding are read, not all eleven
     assert gpu.cost("embedding_forward", (few, wte, None, 0), np.zeros((1, 2, C)))[0] == 16 + 2 * 64
-    flat = np.zeros(5)  # AdamW reads four of the five arrays and the optimizer's state is written too
+    flat = np.zeros(5)  # AdamW reads four arrays and writes three of them
     assert gpu.cost("adamw_step", (flat, flat, flat, flat, 0.1), None) == (7 * flat.nbytes, 0)
 
 
@@ -149,7 +149,7 @@ def test_versions():
     assert (gpu.version(13020), gpu.version(12090)) == ("13.2", "12.9")
 
 
-def test_the_whole_benchmark(device, tmp_path, capsys):
+def test_all_parts_run_and_are_recorded(device, tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
     assert gpu.measure(TINY, out, each_part) == 0
     record = json.loads(out.read_text())
@@ -202,7 +202,7 @@ def broken(*given):
     raise RuntimeError("not today")
 
 
-def test_a_part_that_fails_loses_no_other_results(device, tmp_path, capsys, monkeypatch):
+def test_a_part_that_fails_does_not_affect_other_parts(device, tmp_path, capsys, monkeypatch):
     def copy(self):
         raise RuntimeError("no copies today")
 
@@ -216,7 +216,7 @@ def test_a_part_that_fails_loses_no_other_results(device, tmp_path, capsys, monk
     assert capsys.readouterr().out.endswith("FAILED     copy: RuntimeError: no copies today\n")
 
 
-def test_a_precision_that_fails_does_not_affect_others(device, monkeypatch):
+def test_a_precision_that_fails_does_not_affect_other_precisions(device, monkeypatch):
     right = gpu.Bench.our_step
 
     def our_step(self, precision, batch_size):
@@ -248,7 +248,7 @@ def test_a_batch_that_does_not_fit_is_skipped(device, monkeypatch):
     assert bench.kernels()["batch_size"] == 2
 
 
-def test_the_kernels_are_restored_afterwards(device):
+def test_watched_kernels_are_restored(device):
     bench = gpu.Bench(TINY)
     before = dict(vars(bench.backend.kernels))
     bench.kernels()
@@ -277,15 +277,15 @@ def test_pytorch_computes_the_same_model(precision):
             parameter[len(values) :] = 0  # the padding of the vocabulary
     padding = 0 if precision == "float32" else (64 - 31)
     logits = ours(tokens[:, :-1]).numpy().astype(np.float64)
-    total = np.exp(logits).sum(-1) + padding  # whose logits are 0
+    total = np.exp(logits).sum(-1) + padding  # the logits of the padding are 0
     picked = np.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     assert theirs.step().item() == pytest.approx(np.mean(np.log(total) - picked), rel=1e-5 if not padding else 1e-2)
 
 
-def test_the_results_of_a_step_are_saved_at_once(device, monkeypatch):
+def test_results_of_a_step_are_saved_at_once(device, monkeypatch):
     class Killed:
         def __init__(self, *given):
-            """Replaces PyTorch's step, as PyTorch may not be installed."""
+            """Replaces TorchStep, because PyTorch may not be installed."""
 
         def timed(self, steps):
             raise KeyboardInterrupt
@@ -299,19 +299,19 @@ def test_the_results_of_a_step_are_saved_at_once(device, monkeypatch):
     assert row["ours"]["ms"] > 0
 
 
-def test_pytorch_is_skipped_if_there_is_no_time(device):
+def test_pytorch_is_skipped_if_no_time_is_left(device):
     bench = gpu.Bench(TINY, "cpu", seconds=0)
     assert {row["torch_error"] for row in bench.step()} == {"TimeoutError: no time left"}
 
 
-def test_attention_is_reported_without_pytorchs(device, monkeypatch):
+def test_attention_is_reported_if_pytorch_fails(device, monkeypatch):
     monkeypatch.setattr(gpu.TorchAttention, "timed", broken)
     found = gpu.Bench(TINY, "cpu").run("attention")
     assert found["errors"] == {}
     assert found["results"]["attention"].keys() == {"torch_error", "forward", "backward"}
 
 
-def test_the_results_of_a_kernel_survive_a_failure_of_the_next(device, monkeypatch):
+def test_results_of_a_kernel_are_kept_if_the_next_kernel_fails(device, monkeypatch):
     monkeypatch.setattr(gpu, "import_torch", broken)
     bench = gpu.Bench(TINY)
     right, times = bench.timed, []
@@ -326,7 +326,7 @@ def test_the_results_of_a_kernel_survive_a_failure_of_the_next(device, monkeypat
     assert found["results"]["attention"].keys() == {"torch_error", "forward"}
 
 
-def test_memory_that_cannot_be_freed_loses_no_figures(device, monkeypatch):
+def test_figures_are_kept_if_memory_cannot_be_freed(device, monkeypatch):
     monkeypatch.setattr(gpu.Bench, "release", broken)
     found = gpu.Bench(TINY).run("launch")
     assert found["errors"] == {"launch": "RuntimeError: not today"}
@@ -360,12 +360,12 @@ def test_a_part_in_a_process(monkeypatch, tmp_path, ending, error):
     assert found["results"] == ({} if "unlink" in ending else {"step": [1]})
 
 
-def test_a_part_for_which_no_time_is_left(tmp_path):
+def test_a_part_is_not_started_if_no_time_is_left(tmp_path):
     found = gpu.in_a_process("step", 9.0, quick=False)
     assert found == {"results": {}, "errors": {"step": "no time left"}}
 
 
-def test_the_process_of_a_part(device, tmp_path, monkeypatch):
+def test_process_of_a_part_writes_its_figures(device, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "QUICK", TINY)
     out = tmp_path / "found.json"
     assert gpu.main(["--quick", "--part", "launch", "--out", str(out)]) == 0
@@ -374,7 +374,7 @@ def test_the_process_of_a_part(device, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_some_parts_alone(device, tmp_path, monkeypatch):
+def test_only_selected_parts_run(device, tmp_path, monkeypatch):
     asked = []
 
     def process(part, seconds, quick, precision=None):
@@ -391,7 +391,7 @@ def test_some_parts_alone(device, tmp_path, monkeypatch):
     assert asked[-1] == ("step", 30, False, None)
 
 
-def test_a_kernel_that_does_not_compile_in_one_precision_leaves_the_others(device, monkeypatch):
+def test_a_failed_compilation_does_not_affect_other_precisions(device, monkeypatch):
     def process(part, seconds, quick, precision):
         if precision == "tf32":
             return {"results": {}, "errors": {part: "not finished after 90 s"}}
@@ -403,7 +403,7 @@ def test_a_kernel_that_does_not_compile_in_one_precision_leaves_the_others(devic
     assert found["errors"] == {"compile tf32": "not finished after 90 s"}
 
 
-def test_failed_checks_are_an_error(monkeypatch):
+def test_failed_checks_are_recorded_as_an_error(monkeypatch):
     monkeypatch.setattr(gpu, "run_checks", lambda seconds: {**CHECKS, "status": 1, "last_line": "1 failed"})
     assert gpu.checks(100)["errors"] == {"checks": "1 failed"}
     assert gpu.checks(5) == {"results": {}, "errors": {"checks": "no time left"}}
@@ -419,7 +419,7 @@ def test_checks_that_take_too_long_are_stopped(monkeypatch, written):
     assert (checks["status"], checks["last_line"], checks["failed"]) == (124, "not finished after 240 s", [])
 
 
-def test_checks_that_fail_are_named(monkeypatch, capsys):
+def test_failed_checks_are_listed_by_name(monkeypatch, capsys):
     output = (
         "....F\nE  assert 1 == 2\nPASSED tests/x.py::test_x\nFAILED tests/x.py::test_y - assert 1 == 2\n"
         "1 failed, 4 passed in 0.1s\n"
@@ -461,7 +461,7 @@ def test_it(cuda, number):
 
 
 @pytest.mark.slow
-def test_a_test_that_loses_the_gpu_is_named_and_the_others_run(monkeypatch, tmp_path):
+def test_a_test_that_loses_the_gpu_is_reported_and_the_others_run(monkeypatch, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_losing.py").write_text(LOSING)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -q -p no:cacheprovider\n")

@@ -1,9 +1,10 @@
 """The speed of tokenization in data/prepare.py, compared with tiktoken's own threads: `python
 tests/benchmarks/tokenizing.py [MB]`.
 
-Both tokenize the same JSON lines with GPT-2's vocabulary on all cores, in turns, a few times: prepare() reads, parses,
-cuts, hashes, tokenizes and writes shards to the disk; tiktoken's encode_ordinary_batch gets the texts in memory and
-gives lists. Prints both rates, the medians, and their ratio; exits with 1 if the ratio is below 0.8.
+Both tokenize the same JSON lines with GPT-2's vocabulary on all cores, in turn, for a few rounds. prepare() reads,
+parses, splits, hashes and tokenizes the texts, and writes shards to the disk; tiktoken's encode_ordinary_batch takes
+the texts from memory and returns lists. Prints both rates, their medians and the ratio; the exit status is 1 if the
+ratio is below 0.8.
 """
 
 import json
@@ -23,11 +24,11 @@ from data.prepare import prepare  # noqa: E402
 from data.sources import pydoc_corpus  # noqa: E402
 
 ROUNDS, LEAST = 5, 0.8
-DOCUMENT_CHARS = 5000  # OpenWebText's mean
+DOCUMENT_CHARS = 5000  # the mean length in OpenWebText
 
 
 def documents(size: int) -> list[str]:
-    """This many bytes of Python's documentation, repeated, as documents of about the size of a web page."""
+    """Python's documentation, repeated up to `size` bytes and split into documents of about the size of a web page."""
     text = "\n\n".join(pydoc_corpus())
     pages = [text[i : i + DOCUMENT_CHARS] for i in range(0, len(text), DOCUMENT_CHARS)]
     return pages * (1 + size // len(text))
@@ -55,7 +56,7 @@ def main() -> int:
     ratio = statistics.median(ours) / statistics.median(theirs)
     print(
         f"medians: encode_ordinary_batch {statistics.median(theirs):.2f}, prepare {statistics.median(ours):.2f}; "
-        f"ratio {ratio:.2f} (at least {LEAST})"
+        f"ratio {ratio:.2f} (required: {LEAST})"
     )
     return 0 if ratio >= LEAST else 1
 

@@ -1,10 +1,10 @@
 """The training step on the CPU, compared with PyTorch's: python tests/benchmarks/train_step.py [--small] [--json FILE]
 
-Forward, backward, clipping and AdamW, without dropout, in float32: by this project (with NumPy's BLAS library and with
-MKL, if it is installed) and by PyTorch (eager, with the fused AdamW, and compiled). The same in bfloat16, if
-the processor has instructions for it: by this project, and by PyTorch's autocast with the fused AdamW, eager and
-compiled. All are interleaved. Each needs about 4 GB of memory at the default size, the 124M model and one sequence of
-1,024 tokens; --only selects some of them.
+A step is forward, backward, clipping and AdamW, without dropout. The contenders in float32 are this project (with
+NumPy's BLAS library, and with MKL if it is installed) and PyTorch (eager, with the fused AdamW, and compiled). If the
+processor has bfloat16 instructions, this project and PyTorch's autocast (with the fused AdamW, eager and compiled) also
+run in bfloat16. All are interleaved. Each needs about 4 GB of memory at the default size, the 124M model and one
+sequence of 1,024 tokens; --only selects some of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def random_tokens(vocab_size: int, batch: int, block: int) -> tuple[Any, Any]:
 
 
 def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
-    """A step as in train.py; returns the loss before the update."""
+    """A function that does a step as in train.py and returns the loss before the update."""
     from tinygrad2 import optim
 
     optimizer = optim.AdamW(model, weight_decay=DECAY, **ADAMW)
@@ -50,7 +50,7 @@ def our_step(model: Any, batch: int, block: int) -> Callable[[], float]:
 
 
 def ours(config: dict[str, Any], batch: int, block: int, count: int, blas: str | None, dtype: str = "float32") -> Tasks:
-    """This project's step; blas names another library than the one that is chosen by measuring."""
+    """This project's step. `blas` names a BLAS library to use instead of the one chosen by measuring."""
     if blas is not None:
         os.environ["TINYGRAD2_BLAS"] = blas
     from gpt2 import GPT2, GPT2Config
@@ -67,7 +67,7 @@ def ready(step: Callable[[], float]) -> Tasks:
 
 
 def torch_model(config: Any) -> Any:
-    """GPT-2 with PyTorch's modules and its parameters in our order (matrices of linear layers are transposed)."""
+    """GPT-2 from PyTorch's modules, with parameters in our order (weights of linear layers are transposed)."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -110,7 +110,7 @@ def torch_model(config: Any) -> Any:
 def torch_step(
     model: Any, vocab_size: int, batch: int, block: int, fused: bool, compiled: bool = False, bfloat16: bool = False
 ) -> Callable[[], float]:
-    """The same step in PyTorch; bfloat16 is its autocast."""
+    """The same step in PyTorch; `bfloat16` enables autocast."""
     import torch
 
     decayed, rest = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
@@ -152,9 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--preset", default="gpt2", choices=tuple(PRESETS), help="sizes of the model [%(default)s]")
     options.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences [%(default)s]")
     options.add_argument("--block", type=positive, metavar="T", help="tokens per sequence [the model's context]")
-    options.add_argument("--small", action="store_true", help="6 layers, C=384, V=512, B=12, T=128 instead of these")
-    options.add_argument("--only", nargs="+", metavar="NAME", help='these only, such as "tinygrad2 bfloat16"')
-    options.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    options.add_argument("--small", action="store_true", help="use 6 layers, C=384, V=512, B=12, T=128")
+    options.add_argument("--only", nargs="+", metavar="NAME", help='only these programs, such as "tinygrad2 bfloat16"')
+    options.add_argument("--no-compile", action="store_true", help="skip the programs that use torch.compile")
     given = options.parse_args(arguments)
     config, batch = GPT2Config.preset(given.preset), given.batch
     if given.small:
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     narrow = get_backend("cpu").slow_reason("bfloat16") is None
     if narrow:
         contenders.append(Contender("tinygrad2 bfloat16", ours, (*sizes, None, "bfloat16"), works))
-    if versions("mkl"):  # the library that was not chosen
+    if versions("mkl"):  # also measure the library that was not chosen
         other = "numpy" if blas.chosen().name == "mkl" else "mkl"
         contenders.append(Contender(f"tinygrad2, BLAS: {other}", ours, (*sizes, other), works))
     if versions("torch"):

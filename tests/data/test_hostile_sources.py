@@ -1,5 +1,5 @@
-"""Small files that expand to large data, which data/prepare.py rejects with one line, in little time and memory; and
-damaged journals, without which it starts over."""
+"""Malicious input of data/prepare.py: it rejects small files that expand to large data with a one-line error, in little
+time and memory, and starts over if the journal is damaged."""
 
 import gzip
 import json
@@ -16,18 +16,18 @@ from data.prepare import JOURNAL, NO_FILTERS, Job, State, main
 from data.sources import find_sources
 from gpt2.tokenizer import Tokenizer
 
-MEMORY, SECONDS = 500 << 20, 2  # beyond the memory of this process; CPU time
-PIECES = 255 << 20
+MEMORY, SECONDS = 500 << 20, 2  # limits: bytes in addition to this process's memory, and CPU time
+PIECES = 255 << 20  # uncompressed bytes
 
 
-def ended(arguments, output):
+def run_limited(arguments, output):
     """Run the command in a child process. Returns its exit status, CPU seconds, peak memory in bytes, and output."""
     pid = os.fork()
     if not pid:
         status = 99
         with suppress(BaseException):
             sys.stdout = sys.stderr = output.open("w")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of the parent does not count
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which includes the parent's
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
             status = main(arguments)
@@ -45,7 +45,7 @@ def resident():
 
 
 def compressed(name, *pieces):
-    """A file compressed with gzip: each piece is (bytes, number of repetitions)."""
+    """A function that writes a gzip file; each piece is (bytes, number of repetitions)."""
 
     def make(folder):
         with gzip.open(folder / name, "wb", 1) as file:
@@ -105,12 +105,12 @@ HOSTILE = {
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.extras("pyarrow")] * (name == "a large page")) for name in HOSTILE]
 )
-def test_a_small_file_of_large_records(tmp_path, case):
+def test_a_small_file_with_a_large_record_is_rejected(tmp_path, case):
     make, message = HOSTILE[case]
     file = tmp_path / make(tmp_path)
     assert file.stat().st_size < 4 << 20
     before = resident()
-    status, seconds, memory, output = ended(
+    status, seconds, memory, output = run_limited(
         [str(file), "--tokenizer", "bytes", "--out", str(tmp_path / "out")], tmp_path / "output"
     )
     assert status == 1, output
@@ -124,7 +124,7 @@ def test_a_small_file_of_large_records(tmp_path, case):
 
 @pytest.mark.extras("pyarrow")
 def test_a_large_dictionary_is_not_repeated_in_memory(tmp_path):
-    """Twenty identical rows of 4 MiB; the value is stored once."""
+    """The file has twenty identical rows of 4 MiB, stored as one dictionary value."""
     file = tmp_path / parquet(20, 4 << 20)(tmp_path)
     texts = [
         document.open().read()
@@ -177,7 +177,7 @@ GOOD = {
         None,
     ],
 )
-def test_a_damaged_journal_starts_over(tmp_path, capsys, content):
+def test_preparation_starts_over_if_the_journal_is_damaged(tmp_path, capsys, content):
     (tmp_path / "text.txt").write_text("some words\n" * 1000)
     (tmp_path / "out.partial").mkdir()
     state = (
@@ -191,7 +191,7 @@ def test_a_damaged_journal_starts_over(tmp_path, capsys, content):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["bytes"] == 11_000
 
 
-def test_a_position_after_the_end_is_an_error(tmp_path, capsys):
+def test_a_journal_position_after_the_end_of_the_text_is_an_error(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some words\n" * 1000)
     (tmp_path / "out.partial").mkdir()
     state = {**GOOD, "cursor": [0, 0, 10**15]}
@@ -202,5 +202,5 @@ def test_a_position_after_the_end_is_an_error(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_the_state_of_a_journal_is_read_back():
+def test_a_valid_journal_state_is_read():
     assert State.of(GOOD, 1) == State()

@@ -1,4 +1,4 @@
-"""data/prepare.py: the contents of the shards with any threads and interruptions, and errors in one line."""
+"""data/prepare.py: shards do not depend on threads or interruptions, and errors are one line."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = Tokenizer.load("bytes")
-ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order
+ALL_TRAIN = 1e-15  # validation fraction so small that validation gets only the last token; train + val is the text
 
 
 def silent(line):
@@ -59,7 +59,7 @@ def contents(folder):
 
 
 def varied_text(size, seed=0):
-    """Lines, long lines, runs of spaces and newlines, and letters of one to four bytes."""
+    """A text with short and long lines, runs of spaces and newlines, and characters of one to four bytes."""
     rng = np.random.default_rng(seed)
     words = ["the", "naïve", "日本語", "🙂", "x" * 50, "don't", "1234", "--", "\t", "  ", " \n", "\n\n\n", "\r\n", "\n"]
     out, length = [], 0
@@ -71,7 +71,7 @@ def varied_text(size, seed=0):
 
 
 def tiny_jobs(folder):
-    """Sources of every kind, of about 600 kB, some documents of many parts."""
+    """Write sources of several kinds, about 600 kB; some documents have many parts."""
     folder.mkdir()
     (folder / "a.txt").write_text(varied_text(250_000, 1), encoding="utf-8")
     (folder / "b.md").write_text(varied_text(3_000, 2), encoding="utf-8")
@@ -107,7 +107,7 @@ def test_documents_in_order_with_end_of_text_after_each(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_hidden_files_are_left_out_and_others_named(tmp_path):
+def test_hidden_files_are_ignored_and_non_text_files_are_listed(tmp_path):
     for name, data in {
         ".hidden.txt": b"hidden",
         ".git/a.txt": b"hidden",
@@ -140,7 +140,7 @@ def test_text_key_and_lone_surrogates(tmp_path):
     assert texts_of(stream_of(out)) == ["x\ufffdy", "🙂"]
 
 
-def test_tokens_are_those_of_the_uncut_text(gpt2_files, tmp_path):
+def test_splitting_into_parts_does_not_change_the_tokens(gpt2_files, tmp_path):
     text = varied_text(400_000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", "gpt2", val_fraction=ALL_TRAIN)
@@ -149,7 +149,7 @@ def test_tokens_are_those_of_the_uncut_text(gpt2_files, tmp_path):
 
 @pytest.mark.parametrize("size", [1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES, 5 * PART_BYTES + 7])
 @pytest.mark.parametrize("unit", ["a", "é", "日", "🙂", "\n", " ", "word ", "line\n", "a\n\n \n"])
-def test_parts_are_the_text_in_pieces_and_each_cursor_leads_to_the_rest(tmp_path, unit, size):
+def test_parts_join_to_the_text_and_reading_continues_at_each_cursor(tmp_path, unit, size):
     text = (unit * size).encode()[:size].decode(errors="ignore")
     if not text:
         return
@@ -164,7 +164,7 @@ def test_parts_are_the_text_in_pieces_and_each_cursor_leads_to_the_rest(tmp_path
         assert list(read_parts(sources, part.cursor)) == parts[i + 1 :]
 
 
-def test_parts_end_before_the_white_space_at_a_line_end(tmp_path):
+def test_parts_end_before_whitespace(tmp_path):
     (tmp_path / "a.txt").write_text("some words \n\n" * 3000)
     (tmp_path / "b.txt").write_text("some words " * 3000)
     parts = list(read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0]))
@@ -188,7 +188,7 @@ def test_equal_parts_are_never_in_both_splits(tmp_path):
     assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
-def test_end_of_text_separates_parts_of_a_document_in_different_splits(tmp_path, monkeypatch):
+def test_end_of_text_follows_each_run_of_parts_in_one_split(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text(varied_text(600_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
@@ -206,7 +206,7 @@ def test_end_of_text_separates_parts_of_a_document_in_different_splits(tmp_path,
 @pytest.mark.parametrize("fraction", [ALL_TRAIN, 0.25, 1 - 1e-12])
 @pytest.mark.parametrize("shard_tokens", [7, 1000])
 def test_neither_split_is_empty(tmp_path, monkeypatch, fraction, shard_tokens):
-    """One part goes to one side; the other gets its share of the tokens."""
+    """The text has a single part, which belongs to one split; the other split gets its fraction of the tokens."""
     monkeypatch.setattr(module, "SMALL_TEXT", 0)
     (tmp_path / "a.txt").write_text("a" * 99)
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction, shard_tokens=shard_tokens)
@@ -219,7 +219,7 @@ def test_neither_split_is_empty(tmp_path, monkeypatch, fraction, shard_tokens):
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 4096, 10**9])
-def test_shards_have_at_most_a_given_number_of_tokens(tmp_path, shard_tokens):
+def test_shards_have_at_most_shard_tokens_tokens(tmp_path, shard_tokens):
     out = make([tiny_jobs(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
     whole = make([tmp_path / "in"], tmp_path / "whole")
     shards = json.loads((out / MANIFEST).read_text())["shards"]
@@ -230,7 +230,7 @@ def test_shards_have_at_most_a_given_number_of_tokens(tmp_path, shard_tokens):
         assert np.array_equal(ids_of(out, split), ids_of(whole, split))
 
 
-def test_large_vocabulary_makes_uint32_shards(tmp_path):
+def test_a_large_vocabulary_is_stored_as_uint32(tmp_path):
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
     singles = {bytes([b]): b for b in range(256)}
     file = tmp_path / "pairs.tiktoken"
@@ -245,7 +245,7 @@ def test_large_vocabulary_makes_uint32_shards(tmp_path):
 # Filters.
 
 ARTICLE = "Cats\nFrom Wikipedia, the free encyclopedia\nThe cat is a small animal."
-FILTERED = [  # (text, URL, why it is dropped)
+FILTERED = [  # (text, URL, reason for dropping it; "" if it is kept, None if it is empty)
     ("a first text, long enough", "", ""),
     ("short", "", "short"),
     ("from the site itself, long", "https://en.wikipedia.org/wiki/Cat", "wikipedia"),
@@ -275,7 +275,7 @@ def write_filtered(folder):
     return folder
 
 
-def test_filters_drop_and_count(tmp_path):
+def test_filters_drop_documents_and_count_them(tmp_path):
     said = []
     sources = [str(write_filtered(tmp_path / "in"))]
     out = prepare(sources, "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append, **ALL_FILTERS)
@@ -308,7 +308,7 @@ def test_each_filter_alone(tmp_path, option):
     assert json.loads((out / MANIFEST).read_text())["dropped"]["documents"] == {reason: expected}
 
 
-def test_nothing_passes_the_filters(tmp_path):
+def test_dropping_all_documents_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(ValueError, match=r"no text found, except in the documents that were dropped \(1 short\)"):
         make([tmp_path / "a.txt"], tmp_path / "out", min_bytes=10)
@@ -317,7 +317,7 @@ def test_nothing_passes_the_filters(tmp_path):
 # Estimates.
 
 
-def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
+def test_a_large_job_starts_with_an_estimate(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(varied_text(300_000), encoding="utf-8", newline="")
     size = (tmp_path / "a.txt").stat().st_size
     monkeypatch.setattr(module, "ESTIMATE_BYTES", size)
@@ -333,32 +333,32 @@ def test_a_large_job_is_estimated_first(tmp_path, monkeypatch):
     assert float(free) > 0
 
 
-def test_too_small_a_disk_is_reported_first(tmp_path, monkeypatch, capsys):
+def test_lack_of_disk_space_is_reported_before_the_work_starts(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text " * 20_000)
     monkeypatch.setattr(module, "ESTIMATE_BYTES", 1)
     usage = type(shutil.disk_usage("/"))(total=10**6, used=10**6 - 150_000, free=150_000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(module, "_write_tokens", lambda *_: pytest.fail("work was started"))
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"data/prepare.py: error: {tmp_path / 'out.partial'}: not enough disk space; free some, or choose "
+        f"data/prepare.py: error: {tmp_path / 'out.partial'}: not enough disk space; free some space, or choose "
         "another disk with --out\n"
     )
 
 
-# The same bytes in all circumstances.
+# Shards have the same bytes with any number of threads, and after interruptions.
 
 
-def test_threads_do_not_matter(tmp_path):
+def test_number_of_threads_does_not_change_the_shards(tmp_path):
     tiny_jobs(tmp_path / "in")
     expected = contents(make([tmp_path / "in"], tmp_path / "one", threads=1))
     assert contents(make([tmp_path / "in"], tmp_path / "five", threads=5)) == expected
 
 
 @pytest.mark.parametrize("calls", [7, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 2, 30, 44))])
-@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["", "filters"])
-def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
-    """Interrupted repeatedly after a number of appends, until it is complete."""
+@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["no filters", "filters"])
+def test_interruptions_do_not_change_the_shards(tmp_path, monkeypatch, calls, filters):
+    """The preparation is interrupted repeatedly, after a number of appends, until it completes."""
     tiny_jobs(tmp_path / "in")
     write_filtered(tmp_path / "in" / "filtered")
     options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
@@ -378,7 +378,7 @@ def test_interruption_does_not_matter(tmp_path, monkeypatch, calls, filters):
     monkeypatch.setattr(module.Shards, "append", failing)
     interruptions = 0
     for _ in range(60):
-        left = calls + interruptions  # a little further each time, so that it ends
+        left = calls + interruptions  # one more append each time, so that it completes
         try:
             make([tmp_path / "in"], tmp_path / "out", **options)
             break
@@ -397,7 +397,7 @@ def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, 
     options = {"val_fraction": fraction, "shard_tokens": 9}
     expected = contents(make([tmp_path / "a.txt"], tmp_path / "expected", **options))
     owner = module.Shards if where in ("append", "restore") else module
-    appends = 4 if fraction < 0.5 else 2  # the text, end-of-text, then pieces of at most a shard, or one token
+    appends = 4 if fraction < 0.5 else 2  # the text, end-of-text, and pieces that fill the other split
     original = getattr(owner, where)
     left = {"append": appends, "_save_journal": 1, "restore": 1, "_write_manifest": 0}[where]
 
@@ -419,7 +419,7 @@ def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, 
 
 
 def interrupted(tmp_path, monkeypatch, **options):
-    """OUT.partial as an interruption in the middle leaves it."""
+    """Create OUT.partial as an interrupted preparation leaves it."""
     monkeypatch.setattr(module, "JOURNAL_BYTES", 1)
     monkeypatch.setattr(module, "BATCH_PARTS", 1)
     with monkeypatch.context() as patch:
@@ -428,7 +428,7 @@ def interrupted(tmp_path, monkeypatch, **options):
             make([tmp_path / "in"], tmp_path / "out", **options)
 
 
-def test_changed_source_starts_over(tmp_path, monkeypatch):
+def test_preparation_starts_over_if_a_source_changed(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     (tmp_path / "in" / "b.md").write_text("changed")
@@ -438,14 +438,14 @@ def test_changed_source_starts_over(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
-def test_changed_option_starts_over(tmp_path, monkeypatch):
+def test_preparation_starts_over_if_an_option_changed(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch, shard_tokens=5000)
     out = make([tmp_path / "in"], tmp_path / "out")
     assert contents(out) == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
-def test_truncated_work_starts_over(tmp_path, monkeypatch):
+def test_preparation_starts_over_if_a_shard_is_truncated(tmp_path, monkeypatch):
     tiny_jobs(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     os.truncate(tmp_path / "out.partial" / "data" / "train-00000.bin", 100)
@@ -456,8 +456,8 @@ def test_truncated_work_starts_over(tmp_path, monkeypatch):
 
 
 def start(code, *arguments, **options):
-    """A Python process in which the module is called `p`."""
-    # (SIGINT may be ignored here, and what is started inherits that: a shell's background jobs)
+    """Start a Python process that runs `code`; data.prepare is imported as `p`."""
+    # (If this process ignores SIGINT, as background jobs of a shell do, its child processes inherit that.)
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); " + (
         "from data import prepare as p; " + code
     )
@@ -469,7 +469,7 @@ def start(code, *arguments, **options):
 
 
 @pytest.mark.slow
-def test_control_c(tmp_path):
+def test_control_c_prints_one_line_and_the_same_command_resumes(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(200_000) * 300, encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
     process = start("p.JOURNAL_BYTES = 1 << 18; sys.exit(p.main(sys.argv[1:]))", *arguments, "--threads", 1)
@@ -487,7 +487,7 @@ def test_control_c(tmp_path):
     assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
-def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
+def test_a_full_disk_prints_one_line_and_the_same_command_resumes(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(400_000), encoding="utf-8", newline="")
     arguments = [tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out"]
 
@@ -503,8 +503,8 @@ def test_full_disk_is_one_line_and_the_same_command_resumes(tmp_path):
     )
 
 
-def test_as_a_script_it_finds_its_modules(tmp_path):
-    """Without an installed package, from another folder."""
+def test_the_script_finds_its_modules(tmp_path):
+    """The package is not installed, and the script runs in another folder."""
     (tmp_path / "a.txt").write_text("text")
     code = (
         "import runpy, sys; sys.path[0] = sys.argv[1] + '/data'; runpy.run_path(sys.argv.pop(1) + '/data/prepare.py', "
@@ -516,7 +516,7 @@ def test_as_a_script_it_finds_its_modules(tmp_path):
     assert (tmp_path / "data" / "a" / MANIFEST).exists()
 
 
-def test_spawn_start_method(tmp_path):
+def test_prepare_runs_in_a_spawned_process(tmp_path):
     tiny_jobs(tmp_path / "in")
     process = multiprocessing.get_context("spawn").Process(
         target=prepare, args=([str(tmp_path / "in")], "bytes", tmp_path / "out")
@@ -561,15 +561,15 @@ def test_stdin(tmp_path):
 
 
 def test_stdin_starts_over_after_an_interruption(tmp_path, monkeypatch):
-    def give(data):
+    def set_stdin(data):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        give(b"before")
+        set_stdin(b"before")
         with pytest.raises(KeyboardInterrupt):
             make(["-"], tmp_path / "out")
-    give(b"after")
+    set_stdin(b"after")
     said = []
     prepare(["-"], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
     assert said[0].endswith("stdin cannot be read again; starting over")
@@ -579,7 +579,7 @@ def test_stdin_starts_over_after_an_interruption(tmp_path, monkeypatch):
 # The command line.
 
 
-def test_summary_default_folder_and_train_command(tmp_path, monkeypatch, capsys):
+def test_summary_and_training_command_are_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_text("some text\n" * 100)
     assert main(["my.txt", "--tokenizer", "bytes", "--val-fraction", "0.1"]) == 0
@@ -613,17 +613,17 @@ def test_existing_data_set_is_rejected_or_renamed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("closed", ["|", ">"])
-def test_an_output_error_does_not_end_it(tmp_path, closed):
+def test_an_output_error_does_not_stop_the_preparation(tmp_path, closed):
     (tmp_path / "a.txt").write_text("some text\n" * 200)
     command = f"{sys.executable} {ROOT}/data/prepare.py a.txt --fresh --tokenizer bytes --out set "
     command += "| true; exit ${PIPESTATUS[0]}" if closed == "|" else "> /dev/full"
-    for _ in range(2):  # the second time, the set is renamed, which is printed before the new set is complete
+    for _ in range(2):  # the second run renames the existing set, and prints that before the new set is complete
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert (tmp_path / "set" / MANIFEST).is_file()
 
 
-def test_a_set_below_one_window_names_a_block_size_that_fits(tmp_path, capsys, monkeypatch):
+def test_training_command_for_a_tiny_set_has_a_block_size_that_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("some text\n" * 30)
     assert main(["a.txt", "--tokenizer", "bytes", "--out", "tiny"]) == 0
@@ -633,7 +633,7 @@ def test_a_set_below_one_window_names_a_block_size_that_fits(tmp_path, capsys, m
     assert capsys.readouterr().out.endswith(end)
 
 
-def test_two_at_once(tmp_path):
+def test_a_second_process_with_the_same_out_is_rejected(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out.partial").mkdir()
     lock = tmp_path / "out.partial" / "lock"
@@ -647,11 +647,11 @@ def test_two_at_once(tmp_path):
         other.kill()
         other.communicate()
     assert lock.exists()
-    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that has ended is taken over
+    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that no longer runs is taken over
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
-def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
+def test_a_data_set_is_complete_if_the_process_is_killed_after_the_last_rename(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(2000))
     code = (
         "import os; p.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)\n"
@@ -661,7 +661,7 @@ def test_killed_after_the_last_rename_nothing_else_is_in_the_data_set(tmp_path):
     assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
-BAD = [  # files by name, arguments, what the line says
+BAD = [  # files by name, arguments, part of the error message
     ({}, ["nothing.txt"], "source nothing.txt: no such file or folder"),
     ({"a.txt": b""}, ["a.txt"], "sources a.txt: no text found"),
     ({"d/b.png": b"\0"}, ["d"], "source d: no text, Markdown, .jsonl, .csv, .tsv or .parquet file in this folder"),
@@ -669,7 +669,7 @@ BAD = [  # files by name, arguments, what the line says
     ({"a.txt": b"ok\n" * 9000 + b"\xe9t\xe9"}, ["a.txt"], "a.txt: byte 27000 is not UTF-8 (0xe9)"),
     ({"a.txt": b"ok \xf0\x9f\x99"}, ["a.txt"], "a.txt: byte 3 is not UTF-8 (0xf0)"),
     ({"a.txt": b"\xbf" * 40000}, ["a.txt"], "a.txt: byte 0 is not UTF-8 (0xbf)"),
-    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; name the --encoding, such as cp1252"),
+    ({"a.txt": "text".encode("utf-16")}, ["a.txt"], "a.txt: UTF-16, not UTF-8; specify the --encoding, such as cp1252"),
     ({"a.txt": "some text".encode("utf-16-be")}, ["a.txt"], "a.txt: UTF-16, not UTF-8"),
     (
         {"a.txt": b"\xe9", "b.txt": b"b"},
@@ -697,7 +697,7 @@ BAD = [  # files by name, arguments, what the line says
     ({"a.txt": b"a"}, ["a.txt", "--threads", "0"], "--threads is 0; expected at least 1"),
     ({"a.txt": b"a"}, ["a.txt", "--out", "a.txt/x"], "a.txt/x.partial: Not a directory"),
     ({"a.txt": b"a"}, ["a.txt", "--min-bytes", "-1"], "--min-bytes is -1; expected at least 0"),
-    ({}, ["-", "-"], "source -: stdin is named twice"),
+    ({}, ["-", "-"], "source -: stdin is listed twice"),
     (
         {},
         ["-", "--drop-duplicates"],
@@ -707,7 +707,7 @@ BAD = [  # files by name, arguments, what the line says
 
 
 @pytest.mark.parametrize(("files", "arguments", "message"), BAD, ids=[message[:40] for *_, message in BAD])
-def test_errors_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, message):
+def test_errors_print_one_line(tmp_path, monkeypatch, capsys, files, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name, data in files.items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -722,7 +722,7 @@ def test_errors_get_one_line(tmp_path, monkeypatch, capsys, files, arguments, me
 
 
 @pytest.mark.parametrize("arguments", [[], [""], ["a", "--out", ""], ["a", "--nonsense"], ["a", "--threads", "x"]])
-def test_usage(arguments, capsys):
+def test_usage_errors_print_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -731,15 +731,15 @@ def test_usage(arguments, capsys):
     assert "--help lists the options" in line
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
-def test_read_only_folder(tmp_path, capsys):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to read-only folders")
+def test_a_read_only_folder_is_an_error(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir(mode=0o500)
     assert main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "x")]) == 1
     assert capsys.readouterr().err == f"data/prepare.py: error: {tmp_path / 'out' / 'x.partial'}: Permission denied\n"
 
 
-def test_without_sources(tmp_path):
+def test_no_sources_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="sources: none given"):
         make([], tmp_path / "out")
 
@@ -754,7 +754,7 @@ def with_added_token(folder):
 
 
 def split_of(folder):
-    """The text of each split, without end-of-text."""
+    """The text of each split, without end-of-text tokens."""
     return {split: "".join(texts_of(ids_of(folder, split))) for split in SPLITS}
 
 
@@ -772,7 +772,7 @@ def small_texts():
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2])
 @pytest.mark.parametrize("text", list(small_texts()))
-def test_the_validation_split_of_a_small_text_is_its_fraction(tmp_path, text, fraction):
+def test_the_validation_split_of_a_small_text_has_the_requested_fraction(tmp_path, text, fraction):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     found = split_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
     sizes = {split: len(part.encode()) for split, part in found.items()}
@@ -783,7 +783,7 @@ def test_the_validation_split_of_a_small_text_is_its_fraction(tmp_path, text, fr
     assert "the last of them is cut there" in manifest["split_rule"]["text"]
 
 
-def test_equal_documents_of_a_small_text_stay_on_one_side(tmp_path):
+def test_equal_documents_of_a_small_text_are_in_the_same_split(tmp_path):
     documents = [f"document {i % 40} of forty different ones, several times" for i in range(400)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
@@ -793,7 +793,7 @@ def test_equal_documents_of_a_small_text_stay_on_one_side(tmp_path):
     assert size == pytest.approx(0.1 * len("".join(documents)), rel=0.1)
 
 
-def test_a_text_of_a_million_bytes_is_split_as_before(tmp_path):
+def test_a_text_above_a_million_bytes_is_split_by_hashes_of_its_parts(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(1_100_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out")
     parts = read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0])
@@ -823,7 +823,7 @@ def test_an_interruption_does_not_change_the_split_of_a_small_text(tmp_path, mon
     assert contents(make([tmp_path / "a.txt"], tmp_path / "out")) == expected
 
 
-def test_stdin_is_split_as_a_file_is(tmp_path):
+def test_stdin_is_split_like_a_file(tmp_path):
     text = varied_text(150_000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     make([tmp_path / "a.txt"], tmp_path / "file")
@@ -848,7 +848,7 @@ def test_special_tokens_are_plain_text_by_default(special_tokens, tmp_path):
     assert TokenDataset.open(tmp_path / "out", "train").tokenizer().added == tokenizer.added
 
 
-def test_a_vocabulary_of_characters_separates_nothing_and_has_no_special_tokens(tmp_path):
+def test_a_character_vocabulary_has_no_end_of_text_or_special_tokens(tmp_path):
     import pickle
 
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("\nabc"))}))

@@ -1,4 +1,4 @@
-"""data/sources.py: each format's documents from every position, damage in one line, and a hub on this machine."""
+"""data/sources.py: reading each format from any position, one-line errors for damaged files, and a local hub."""
 
 import csv
 import gzip
@@ -27,7 +27,7 @@ from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 ROOT = Path(__file__).resolve().parents[2]
 with_pyarrow = pytest.mark.extras("pyarrow")
 with_hub = pytest.mark.extras("huggingface_hub", "pyarrow")
-ALL_TRAIN = 1e-15  # no part is drawn: validation gets the last token only, and the two splits are the text in order
+ALL_TRAIN = 1e-15  # validation fraction so small that validation gets only the last token; train + val is the text
 
 
 def silent(line):
@@ -47,7 +47,8 @@ def documents_of(path, start=0, text_key="text"):
 
 
 def varied_documents(count, seed=0):
-    """Texts with quotes, commas, newlines and letters of one to four bytes; some empty, some of more than a part."""
+    """Texts with quotes, commas, newlines and characters of one to four bytes. Some are empty, some longer than a
+    part."""
     rng = np.random.default_rng(seed)
     pieces = ["the ", "naïve ", "日本語", "🙂", '"', ",", "\n", "\r\n", "a" * 300, " ", "'"]
     lengths = rng.choice([0, 1, 10, 100, 1000], size=count)
@@ -74,7 +75,7 @@ def write_parquet(path, texts, rows=7, **options):
 
 
 def write_zst(path, data, pieces=2):
-    """Frames one after the other, as several runs of zstd leave them."""
+    """Write several frames one after the other, like the concatenated outputs of several runs of zstd."""
     import pyarrow as pa
 
     with path.open("wb") as stream:
@@ -89,7 +90,7 @@ WRITERS = {".jsonl": write_json_lines, ".csv": write_csv, ".parquet": write_parq
 
 
 def write(folder, name, texts):
-    """The texts as a file of the format that the name ends in."""
+    """Write the texts to a file in the format that its extensions name."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     if path.suffix in WRITERS:
@@ -110,7 +111,7 @@ FORMATS = ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.csv.
 
 
 def parameters(names):
-    """Each file name as a parameter of a test; Parquet and Zstandard need pyarrow."""
+    """Test parameters for the file names; those of Parquet and Zstandard files require pyarrow."""
     return [pytest.param(name, marks=with_pyarrow if name.endswith((".parquet", ".zst")) else ()) for name in names]
 
 
@@ -125,7 +126,7 @@ def test_documents_and_their_urls(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", parameters(FORMATS))
-def test_each_cursor_leads_to_the_rest(tmp_path, name):
+def test_reading_continues_at_each_cursor(tmp_path, name):
     texts = varied_documents(25, seed=1)
     sources = find_sources([str(write(tmp_path, name, texts))], "text", silent)
     parts = list(read_parts(sources, [0, 0, 0]))
@@ -150,7 +151,7 @@ def test_compressed_text(tmp_path, name):
 
 
 @with_pyarrow
-def test_parquet_of_other_shapes(tmp_path):
+def test_parquet_with_one_row_group_and_with_nulls(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -235,7 +236,7 @@ def test_binary_files_do_not_look_like_text_in_utf16():
 
 
 @with_pyarrow
-def test_a_folder_of_all_formats(tmp_path):
+def test_a_folder_with_all_formats(tmp_path):
     for i, name in enumerate(FORMATS):
         write(tmp_path / "in", f"{i}{name}", [f"{name} {k}" for k in range(3)])
     (tmp_path / "in" / "z.npy").write_bytes(b"\x93NUMPY\0")
@@ -246,7 +247,7 @@ def test_a_folder_of_all_formats(tmp_path):
     assert said[0].endswith("skipped 1 files that are not text: z.npy")
 
 
-def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
+def test_text_column_option_and_default_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_csv(Path("plain.csv"), [])
     Path("book.csv.gz").write_bytes(gzip.compress(b"id,body\n1,one\n2,two\n"))
@@ -256,17 +257,17 @@ def test_column_by_name_and_default_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", parameters(FORMATS))
-def test_text_size_is_approximately_right(tmp_path, name):
+def test_text_size_is_approximately_correct(tmp_path, name):
     texts = varied_documents(400, seed=4)
     (source,) = find_sources([str(write(tmp_path, name, texts))], "text", silent)
     assert source.text_size() == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.5)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="requires /proc, for the peak memory of a process")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", parameters(["a.parquet", "a.jsonl.gz", "a.csv.zst"]))
 def test_memory_does_not_grow_with_the_input(tmp_path, name):
-    """The peak of a process that prepares 36 MB is that of one that prepares 12 MB, within the noise of allocators."""
+    """The peak memory for 36 MB of text is that for 12 MB, up to the noise of allocators."""
     code = (
         "import re, sys; from data.prepare import prepare;"
         "prepare([sys.argv[1]], 'bytes', sys.argv[2], threads=2);"
@@ -278,11 +279,11 @@ def test_memory_does_not_grow_with_the_input(tmp_path, name):
         texts = [rng.integers(97, 123, 2000, dtype=np.uint8).tobytes().decode() for _ in range(500 * megabytes)]
         if name.endswith(".parquet"):
             write(tmp_path, name, [])
-            write_parquet(tmp_path / name, texts, rows=10**6)  # one group, as other programs write
+            write_parquet(tmp_path / name, texts, rows=10**6)  # a single row group, as some programs write
         else:
             write(tmp_path, name, texts)
         command = [sys.executable, "-c", code, tmp_path / name, tmp_path / str(megabytes)]
-        env = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own pool keeps memory that was freed
+        env = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"}  # Arrow's own pool keeps freed memory
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=env)
         peaks.append(int(done.stdout.split()[-1]))
         assert TokenDataset.open(tmp_path / str(megabytes), "train").tokens > megabytes * 900_000
@@ -293,7 +294,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, name):
 
 
 def damaged(name, data):
-    """A file of this name with these bytes."""
+    """A function that writes a file with this name and content."""
 
     def make(folder):
         (folder / name).write_bytes(data)
@@ -338,7 +339,7 @@ def other_column(folder):
     return folder / "a.parquet"
 
 
-def no_utf8_row(folder):
+def row_not_utf8(folder):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -360,7 +361,7 @@ DAMAGE = [
     (truncated("a.parquet", keep=0), "a.parquet: the file is damaged or truncated ("),
     (wrong_column_type, "a.parquet: the column 'text' has the type int64; expected string (--text-column)"),
     (other_column, "a.parquet: no column 'text' (--text-column); the columns are 'id', 'body'"),
-    (no_utf8_row, "a.parquet: row 2: byte 0 is not UTF-8 (0xff)"),
+    (row_not_utf8, "a.parquet: row 2: byte 0 is not UTF-8 (0xff)"),
     (damaged("a.csv", b"id,body\n1,x\n"), "a.csv: no column 'text' (--text-column); the columns are 'id', 'body'"),
     (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: not valid CSV (3 fields, the header has 2)"),
     (damaged("a.csv", b'text\nx\n"y\nz\n'), "a.csv: line 4: not valid CSV (unexpected end of data)"),
@@ -379,7 +380,7 @@ DAMAGE = [
         for make, message in DAMAGE
     ],
 )
-def test_damage_gets_one_line(tmp_path, capsys, make, message):
+def test_a_damaged_file_prints_one_line(tmp_path, capsys, make, message):
     path = make(tmp_path)
     assert main([str(path), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     errors = capsys.readouterr().err
@@ -390,7 +391,7 @@ def test_damage_gets_one_line(tmp_path, capsys, make, message):
 
 
 @pytest.mark.parametrize(("name", "library"), [("a.parquet", "pyarrow"), ("a.txt.zst", "pyarrow")])
-def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys, name, library):
+def test_the_error_for_a_missing_library_names_it(tmp_path, monkeypatch, capsys, name, library):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, library, None)
     assert main([str(tmp_path / name), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
@@ -400,22 +401,22 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys, name, library
     )
 
 
-def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, capsys):
+def test_an_overlong_line_is_rejected_before_it_is_read_completely(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "RECORD_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + '{"text": "' + "x" * 2000)
     assert main([str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--out", str(tmp_path / "out")]) == 1
     assert "a.jsonl: byte 15: the line is longer than 0 MiB; split it" in capsys.readouterr().err
 
 
-# A hub on this machine.
+# A local hub.
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers like the hub: the contents of a revision and, after a redirection, ranges of the files.
+    """Responds like the Hugging Face hub: lists the files of a revision and, after a redirect, serves byte ranges.
 
     files     contents by path.
-    asked     (path, range) of every request for a file.
-    trouble   called with the number of the request for a file; gives "cut" (the connection breaks half way), an HTTP
+    asked     (path, first byte, last byte) of every request for a file.
+    trouble   called with the number of the request for a file; returns "cut" (the connection breaks halfway), an HTTP
               status, or None.
     """
 
@@ -435,7 +436,7 @@ class Hub(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     server: Hub
 
-    def do_GET(self):  # the name that http.server calls
+    def do_GET(self):  # http.server requires this name
         hub = self.server
         path = unquote(self.path.split("?")[0])
         if path == f"/api/datasets/{hub.repo}/revision/{hub.revision}":
@@ -497,7 +498,7 @@ def running(server):
 
 @pytest.fixture
 def hub(tmp_path):
-    """fineweb-edu, smaller: 14 files of 20 documents."""
+    """A hub that serves a smaller fineweb-edu: 14 files with 20 documents each."""
     hub_set = HUB_SETS["fineweb-edu"]
     files = {}
     for i, name in enumerate(hub_set.files):
@@ -509,7 +510,7 @@ def hub(tmp_path):
 
 
 def prepare_in_process(endpoint, tmp_path, *arguments, code=""):
-    """data/prepare.py as a separate process (the hub's address is read when its library is loaded)."""
+    """Run data/prepare.py in a separate process, because huggingface_hub reads the address when it is imported."""
     small = "s = p.HUB_SETS; s.update({k: dataclasses.replace(v, text=500_000) for k, v in s.items()});"
     imports = "import dataclasses, sys; from data import prepare as p, sources;"
     code = f"{imports} {small} {code}\nsys.exit(p.main(sys.argv[1:]))"
@@ -524,7 +525,7 @@ def expected_fineweb():
 
 
 @with_hub
-def test_from_the_hub(hub, tmp_path):
+def test_a_data_set_is_streamed_from_the_hub(hub, tmp_path):
     hub.trouble = {3: "cut"}.get
     done = prepare_in_process(hub.url, tmp_path, "fineweb-edu", "--val-fraction", str(ALL_TRAIN))
     assert done.returncode == 0, done.stderr
@@ -542,7 +543,7 @@ def test_from_the_hub(hub, tmp_path):
 
 @with_hub
 def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
-    """The hub returns errors in the middle of file 9, while 20 parts, a file and a half, wait for the threads."""
+    """The hub returns errors in the middle of file 9, while 20 parts (one and a half files) wait for the threads."""
     hub.trouble = lambda n: 403 if "009_" in hub.asked[-1][0] and hub.asked[-1][1] in range(20_000, 40_000) else None
     small = "p.JOURNAL_BYTES = 1; p.BATCH_PARTS = 1; sources.HUB_BLOCK_BYTES = 1 << 12"
     options = ("fineweb-edu", "--val-fraction", "0.2", "--threads", "2")
@@ -569,7 +570,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
 
 
 @with_hub
-def test_a_hub_without_the_revision_or_out_of_reach(hub, tmp_path):
+def test_a_missing_revision_and_an_unreachable_hub_print_one_line(hub, tmp_path):
     done = prepare_in_process(hub.url, tmp_path, "openwebtext")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -580,7 +581,7 @@ def test_a_hub_without_the_revision_or_out_of_reach(hub, tmp_path):
     assert "cannot be read from the hub (" in line
 
 
-def test_named_sets():
+def test_named_hub_data_sets():
     for name, hub_set in HUB_SETS.items():
         sources = find_sources([name], "ignored", silent)
         assert len({str(source) for source in sources}) == len(hub_set.files)
@@ -588,7 +589,7 @@ def test_named_sets():
         assert all(re.fullmatch(r"[0-9a-f]{40}", source.revision) for source in sources)
 
 
-# Shakespeare, and the embedded corpus.
+# Shakespeare, and the corpus from pydoc.
 
 
 class Play(BaseHTTPRequestHandler):
@@ -649,7 +650,7 @@ def test_pydoc_corpus():
 
 
 @pytest.mark.slow
-def test_pydoc_imports_no_modules():
+def test_pydoc_corpus_imports_no_modules():
     code = (
         "import sys, sysconfig; from data.sources import pydoc_corpus; sysconfig.get_paths();"
         "before = set(sys.modules); pydoc_corpus(); print(*(set(sys.modules) - before))"

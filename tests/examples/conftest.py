@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script in an empty folder, where `matplotlib` can be imported only if `pictures`."""
+    """Runs a script of examples/ in an empty folder; it can import `matplotlib` only if `pictures` is True."""
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError('hidden by a test')\n")
 
@@ -33,5 +33,5 @@ def run(tmp_path):
 
 @pytest.fixture
 def losses():
-    """The losses that a script has printed, in order."""
+    """A function that extracts the losses that a script printed, in order."""
     return lambda printed: [float(loss) for loss in re.findall(r"loss (\d+\.\d{4})", printed)]

@@ -1,4 +1,4 @@
-"""examples/gpt2_in_one_file.py against the engine, finite differences and transformers, and its command line."""
+"""examples/gpt2_in_one_file.py compared with the engine, finite differences and transformers; its command line."""
 
 import ast
 import doctest
@@ -27,27 +27,27 @@ SIZES = {"vocab_size": 29, "n_positions": 11, "n_embd": 12, "n_layer": 2, "n_hea
 
 @pytest.fixture
 def one_blas_thread():
-    """Limit BLAS to one thread: the matrices are small, and other tests may use the other cores."""
+    """Limit BLAS to one thread, because the matrices are small and other tests may use the other cores."""
     with threadpool_limits(1):
         yield
 
 
-def test_it_has_at_most_600_lines():
+def test_the_file_has_at_most_600_lines():
     assert len(SOURCE.read_text(encoding="utf-8").splitlines()) <= 600
 
 
-def test_it_imports_numpy_and_the_standard_library_only():
+def test_the_file_imports_only_numpy_and_the_standard_library():
     nodes = list(ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8"))))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} - {"numpy"} <= sys.stdlib_module_names
 
 
-def test_the_example_in_its_docstring():
+def test_the_example_in_the_docstring():
     assert doctest.testmod(one_file).failed == 0
 
 
-# Each backward pass against central differences, in float64: every element of every input.
+# Each backward pass compared with central differences in float64, for every element of every input.
 
 
 def arrays(*shapes):
@@ -71,7 +71,7 @@ OPERATIONS = {
 
 
 def worst_error(operation, inputs, h=1e-6):
-    """The largest difference between the gradients and central differences, of a random linear function of y."""
+    """The largest difference between the gradients and central differences of a random linear function of y."""
     weights = np.random.default_rng(9).normal(size=operation(*map(Tensor, inputs)).data.shape)
 
     def loss(values):
@@ -99,7 +99,7 @@ def test_backward_agrees_with_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_gradient_wrong_by_a_thousandth_is_found(name):
+def test_an_error_of_a_thousandth_in_the_gradient_is_detected(name):
     operation, inputs = OPERATIONS[name]
 
     def wrong(*tensors):
@@ -110,7 +110,7 @@ def test_a_gradient_wrong_by_a_thousandth_is_found(name):
     assert worst_error(wrong, inputs) > 1e-5
 
 
-# The tape.
+# Backward through the tape.
 
 
 def test_gradients_of_all_uses_are_added():
@@ -121,7 +121,7 @@ def test_gradients_of_all_uses_are_added():
     assert w.grad.item() == 2 * 2 * 5 + 2
 
 
-def test_a_tape_is_used_once():
+def test_a_tape_can_be_used_only_once():
     x = Tensor(3.0)
     y = x + x
     (y + y).backward()
@@ -133,7 +133,7 @@ def test_a_tape_is_used_once():
         (Tensor(np.ones(2)) + Tensor(np.ones(2))).backward()
 
 
-def test_shapes_that_add_does_not_broadcast_are_rejected():
+def test_add_rejects_shapes_that_it_does_not_broadcast():
     with pytest.raises(ValueError, match=re.escape("add: shapes (2, 1) and (1, 2)")):
         one_file.add(Tensor(np.ones((2, 1))), Tensor(np.ones((1, 2))))
 
@@ -142,7 +142,8 @@ def test_shapes_that_add_does_not_broadcast_are_rejected():
 
 
 def twins(dtype, config=None, seed=1):
-    """The same model in the engine and in the file: with a config and random values everywhere, or from checkpoint/."""
+    """The same model in the engine and in the file: with random parameters if a config is given, else from
+    checkpoint/."""
     if config is None:
         engine = GPT2.from_pretrained(CHECKPOINT, dtype=dtype)
     else:
@@ -177,8 +178,8 @@ def test_logits_loss_and_gradients_equal_the_engines(config):
         assert np.abs(model.parameters[name].grad - parameter.grad).max() < 1e-12 * norm, name
 
 
-# At a higher rate the model memorizes the batches: losses near 0 would be compared, and differences in the last digit
-# would grow from step to step.
+# With a higher learning rate the model would memorize the batches. Then the compared losses would be close to 0, and
+# rounding errors would grow from step to step.
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
 )
@@ -203,7 +204,7 @@ def test_ten_training_losses_equal_the_engines(dtype, bound):
     assert all(p.data.dtype == dtype for p in model.parameters.values())
 
 
-def test_clipping_scales_a_long_gradient_as_the_engine_does():
+def test_clipping_scales_a_large_gradient_as_the_engine_does():
     engine, model = twins("float64", GPT2Config(**SIZES, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))
     ids, targets = np.random.default_rng(0).integers(29, size=(2, 2, 11))
     optimizer, expected = one_file.AdamW(model.parameters), optim.AdamW(engine, betas=(0.9, 0.95), weight_decay=0.1)
@@ -217,7 +218,7 @@ def test_clipping_scales_a_long_gradient_as_the_engine_does():
         np.testing.assert_allclose(model.parameters[name].data, parameter.numpy(), rtol=1e-6, atol=1e-8, err_msg=name)
 
 
-def test_initial_weights_have_the_same_scales_as_the_engines():
+def test_initial_weights_have_the_scales_of_the_engine():
     config = Config(n_layer=2, n_embd=64)
     for name, parameter in one_file.GPT2.random(config, np.random.default_rng(0)).parameters.items():
         values = parameter.data
@@ -229,18 +230,18 @@ def test_initial_weights_have_the_same_scales_as_the_engines():
             assert values.std() == pytest.approx(expected, rel=0.05), name
 
 
-# The files.
+# Model files.
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder that the program has written, and the model in it."""
+    """A folder that the program wrote, and the model in it."""
     model = one_file.GPT2.random(Config(n_embd=12, n_head=3, n_layer=2, n_positions=16), np.random.default_rng(3))
     one_file.save(tmp_path / "model", model)
     return tmp_path / "model", model
 
 
-def test_it_reads_its_own_files(saved):
+def test_saved_files_can_be_loaded(saved):
     folder, model = saved
     read = one_file.load(folder)
     assert read.config == model.config
@@ -248,7 +249,7 @@ def test_it_reads_its_own_files(saved):
         np.testing.assert_array_equal(read.parameters[name].data, parameter.data)
 
 
-def test_the_engine_loads_its_files(saved):
+def test_the_engine_loads_the_saved_files(saved):
     folder, model = saved
     engine, ids = GPT2.from_pretrained(folder), np.arange(32).reshape(2, 16)
     assert engine.config.embd_pdrop == engine.config.attn_pdrop == engine.config.resid_pdrop == 0
@@ -261,7 +262,7 @@ def test_the_engine_loads_its_files(saved):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_transformers_loads_its_files(saved):
+def test_transformers_loads_the_saved_files(saved):
     import torch
     import transformers
 
@@ -274,7 +275,7 @@ def test_transformers_loads_its_files(saved):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_it_reads_every_dtype_of_floats(dtype, tmp_path):
+def test_every_floating_point_dtype_is_read(dtype, tmp_path):
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -288,8 +289,8 @@ def test_it_reads_every_dtype_of_floats(dtype, tmp_path):
 # The command line.
 
 
-def fails(capsys, *arguments):
-    """The one line that the program prints when it fails."""
+def error_of(capsys, *arguments):
+    """Run the program, which must fail, and return the one line that it prints."""
     assert one_file.main([str(argument) for argument in arguments]) == 1
     output = capsys.readouterr()
     lines = output.err.splitlines()
@@ -305,13 +306,13 @@ def text(tmp_path):
     return path
 
 
-def test_it_trains_saves_and_samples(text, tmp_path, capsys, monkeypatch):
+def test_train_and_sample_commands(text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     assert one_file.main(["train", str(text), "--steps", "20", "--batch-size", "4", "--out", str(out)]) == 0
     losses = [float(loss) for loss in re.findall(r"unseen text (\S+)", capsys.readouterr().out)]
     assert len(losses) == 3
-    assert losses[0] == pytest.approx(5.2, abs=0.4)  # from log 257 = 5.55, after one step
+    assert losses[0] == pytest.approx(5.2, abs=0.4)  # after one step; initially log 257 = 5.55
     assert losses[-1] < losses[0] - 1
     for _ in range(2):
         assert (
@@ -332,7 +333,7 @@ def test_the_model_in_checkpoint_is_the_default(capsys):
     assert found == "Return the" + bytes(model.generate(prompt, 12, temperature=0)[0]).decode() + "\n"
 
 
-def test_sampling_draws_from_the_most_probable_tokens():
+def test_top_k_draws_from_the_most_probable_tokens():
     model = one_file.load(CHECKPOINT)
     logits = model.logits(np.array([list(b"def ")])).data[0, -1]
     top = set(np.argsort(-logits)[:3].tolist())
@@ -341,32 +342,32 @@ def test_sampling_draws_from_the_most_probable_tokens():
     assert next(one_file.sample(model, b"def ", 0, None, np.random.default_rng(0))) == logits.argmax()
 
 
-def test_a_text_may_exceed_the_context(saved):
+def test_a_generated_text_may_exceed_the_context(saved):
     _, model = saved
     tokens = one_file.sample(model, b"abc", 0.8, None, np.random.default_rng(0))
     assert len([next(tokens) for _ in range(20)]) == 20
 
 
-def test_a_character_of_several_bytes_is_printed_whole(saved, capsys):
+def test_a_character_of_several_bytes_is_printed_correctly(saved, capsys):
     assert one_file.main(["sample", "--checkpoint", str(saved[0]), "-p", "größer", "--max-tokens", "0"]) == 0
     assert capsys.readouterr().out == "größer\n"
 
 
-def test_wrong_input_is_one_line(text, tmp_path, capsys):
+def test_invalid_input_prints_one_line(text, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "empty").mkdir()
-    assert "No such file" in fails(capsys, "train", tmp_path / "missing.txt")
-    assert "the text has 5 bytes; expected at least 650" in fails(capsys, "train", tmp_path / "short.txt")
-    assert "Is a directory" in fails(capsys, "train", tmp_path)
-    assert "above 0" in fails(capsys, "train", text, "--steps", "0")
-    assert "--learning-rate" in fails(capsys, "train", text, "--learning-rate", "nan")
-    assert "invalid int value: 'many'" in fails(capsys, "train", text, "--steps", "many")
-    assert "try a lower --learning-rate" in fails(capsys, "train", text, "--steps", "40", "--learning-rate", "1e30")
-    assert "config.json" in fails(capsys, "sample", "--checkpoint", tmp_path / "empty")
-    assert "--temperature" in fails(capsys, "sample", "--temperature", "-1")
-    assert "--top-k" in fails(capsys, "sample", "--top-k", "0")
-    assert "arguments are required" in fails(capsys)
-    assert "invalid choice: 'chat'" in fails(capsys, "chat")
+    assert "No such file" in error_of(capsys, "train", tmp_path / "missing.txt")
+    assert "the text has 5 bytes; expected at least 650" in error_of(capsys, "train", tmp_path / "short.txt")
+    assert "Is a directory" in error_of(capsys, "train", tmp_path)
+    assert "above 0" in error_of(capsys, "train", text, "--steps", "0")
+    assert "--learning-rate" in error_of(capsys, "train", text, "--learning-rate", "nan")
+    assert "invalid int value: 'many'" in error_of(capsys, "train", text, "--steps", "many")
+    assert "try a lower --learning-rate" in error_of(capsys, "train", text, "--steps", "40", "--learning-rate", "1e30")
+    assert "config.json" in error_of(capsys, "sample", "--checkpoint", tmp_path / "empty")
+    assert "--temperature" in error_of(capsys, "sample", "--temperature", "-1")
+    assert "--top-k" in error_of(capsys, "sample", "--top-k", "0")
+    assert "arguments are required" in error_of(capsys)
+    assert "invalid choice: 'chat'" in error_of(capsys, "chat")
 
 
 def change(folder, **values):
@@ -382,10 +383,10 @@ DAMAGES = {
     "heads of unequal sizes": (lambda folder: change(folder, n_head=5), "n_embd a multiple of n_head"),
     "a size of 0": (lambda folder: change(folder, n_layer=0), "sizes above 0"),
     "another activation": (lambda folder: change(folder, activation_function="relu"), "gelu_new"),
-    "a layer too few": (lambda folder: change(folder, n_layer=3), "h.2.ln_1.weight is missing; expected shape (12,)"),
+    "a missing layer": (lambda folder: change(folder, n_layer=3), "h.2.ln_1.weight is missing; expected shape (12,)"),
     "another context": (lambda folder: change(folder, n_positions=9), "wpe.weight has shape (16, 12)"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
-    "no safetensors": (
+    "not a safetensors file": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"PK" * 99),
         "not a valid safetensors",
     ),
@@ -393,21 +394,21 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_model_is_one_line(damage, saved, capsys):
+def test_a_damaged_model_prints_one_line(damage, saved, capsys):
     damaging, message = DAMAGES[damage]
     damaging(saved[0])
-    assert message in fails(capsys, "sample", "--checkpoint", saved[0])
+    assert message in error_of(capsys, "sample", "--checkpoint", saved[0])
 
 
-def test_truncated_weights_are_one_line(saved, capsys):
+def test_truncated_weights_print_one_line(saved, capsys):
     file = saved[0] / "model.safetensors"
     data = file.read_bytes()
     for length in (0, 4, 8, 60, len(data) - 100):
         file.write_bytes(data[:length])
-        assert "not a valid safetensors file" in fails(capsys, "sample", "--checkpoint", saved[0])
+        assert "not a valid safetensors file" in error_of(capsys, "sample", "--checkpoint", saved[0])
 
 
-def test_as_a_script(saved):
+def test_the_file_runs_as_a_script(saved):
     command = [
         sys.executable,
         SOURCE,

@@ -19,7 +19,7 @@ def test_llama_and_gpt2_are_trained(run, losses, prepared_text):
     for name in ("Llama: 832,768", "GPT-2: 834,432"):
         found = losses(printed.split(name)[1])
         assert found[0] == pytest.approx(np.log(257), abs=0.6)
-        assert found[5] < 4  # the sixth report for this model
+        assert found[5] < 4  # the sixth loss printed for this model
     last = re.search(r"validation loss after 12 steps: Llama (\S+), GPT-2 (\S+) nats per byte", printed).groups()
     assert all(float(loss) < 4 for loss in last)
 
@@ -43,10 +43,10 @@ def test_llama_is_causal():
     assert np.abs(first[:, 7:] - second[:, 7:]).max() > 1e-3
 
 
-def test_llama_computes_the_same_with_its_cache():
+def test_features_with_a_cache_equal_those_without():
     model, ids = llama.Llama(SMALL), np.random.default_rng(0).integers(31, size=(2, 12))
     for parameter in model.parameters():
-        parameter.data = parameter.data * 5  # far from uniform, so that a wrong position shows
+        parameter.data = parameter.data * 5  # far from uniform attention, so that a wrong position is detected
     cache = KVCache(model, batch=2, capacity=12)
     with no_grad():
         whole = model.features(ids).numpy()
@@ -67,7 +67,7 @@ def test_llama_generates_beyond_its_context():
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_llama_equals_transformers(tmp_path):
-    """Compare logits and gradients, after loading the weights under transformers' names."""
+    """Compares logits and gradients after copying the weights to transformers' model."""
     import torch
     import transformers
 

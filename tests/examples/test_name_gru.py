@@ -1,4 +1,4 @@
-"""examples/name_gru.py, and its network compared with PyTorch's."""
+"""examples/name_gru.py, and its network compared with PyTorch's GRU."""
 
 import re
 
@@ -17,7 +17,7 @@ def test_name_gru_learns(run, losses):
     assert re.search(r"\d+ of 40 words are new: [a-z]+, [a-z]+", printed)
 
 
-def test_words_are_encoded_with_their_ends():
+def test_words_are_encoded_with_start_and_end():
     rows = name_gru.encode(["abc", "z" * 12])
     assert rows[0].tolist() == [0, 1, 2, 3, 0] + [-1] * 9
     assert rows[1].tolist() == [0] + [26] * 12 + [0]
@@ -30,7 +30,7 @@ def test_words_are_found_in_pydoc():
     assert all(re.fullmatch("[a-z]{4,12}", word) for word in words)
 
 
-def test_padding_has_no_part_in_the_loss():
+def test_padding_does_not_affect_the_loss():
     model = name_gru.GRU(width=8)
     short, padded = (name_gru.encode(["word"])[:, :n] for n in (6, 14))
     assert model.loss(padded).item() == pytest.approx(model.loss(short).item(), rel=1e-6)
@@ -38,13 +38,13 @@ def test_padding_has_no_part_in_the_loss():
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_the_gru_is_pytorchs():
+def test_gru_equals_pytorch():
     import torch
 
     model = name_gru.GRU(width=8)
     theirs = torch.nn.GRU(32, 8, batch_first=True)
     z, r, n = np.split(np.arange(24), 3)
-    order = np.concatenate([r, z, n])  # PyTorch's
+    order = np.concatenate([r, z, n])  # PyTorch's order of the gates
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(torch.tensor(model.of_input.weight.numpy()[:, order].T))
         theirs.weight_hh_l0.copy_(torch.tensor(model.of_state.weight.numpy()[:, order].T))

@@ -10,7 +10,7 @@ SCRIPTS = ("spiral_mlp", "name_gru", "seq2seq_attention", "llama")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_without_matplotlib_it_says_so_and_ends_well(name, run, prepared_text, tmp_path):
+def test_a_script_without_matplotlib_prints_a_note_and_succeeds(name, run, prepared_text, tmp_path):
     printed = run(name, "--steps", 1, *(("--data", prepared_text) if name == "llama" else ()))
     assert printed.splitlines()[-1] == ('no plot: matplotlib is not installed; pip install -e ".[examples]"')
     assert not list(tmp_path.glob("*.png"))
@@ -19,7 +19,7 @@ def test_without_matplotlib_it_says_so_and_ends_well(name, run, prepared_text, t
 @pytest.mark.slow
 @pytest.mark.extras("matplotlib")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_it_saves_a_plot(name, run, prepared_text, tmp_path):
+def test_a_script_saves_a_plot(name, run, prepared_text, tmp_path):
     data = ("--data", prepared_text) if name == "llama" else ()
     printed = run(name, "--steps", 6, "--picture", "made.png", *data, pictures=True)
     assert printed.splitlines()[-1] == "picture: made.png"
@@ -27,6 +27,6 @@ def test_it_saves_a_plot(name, run, prepared_text, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_student_reads_it_in_ten_minutes(name):
+def test_a_script_is_at_most_250_lines_long(name):
     lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 250

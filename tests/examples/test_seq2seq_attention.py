@@ -12,7 +12,7 @@ from tinygrad2 import no_grad
 @pytest.mark.slow
 def test_seq2seq_attention_learns(run, losses):
     printed = run("seq2seq_attention", "--steps", 40)
-    assert losses(printed)[-1] < 2.0  # from 2.7; uniform probabilities have 2.30
+    assert losses(printed)[-1] < 2.0  # initially 2.7; uniform probabilities give 2.30
     assert re.search(r"correct: \d+\.\d% of 500 new inputs reversed, \d+\.\d% sorted", printed)
 
 
@@ -31,7 +31,7 @@ def test_batches_have_correct_answers():
     assert seq2seq_attention.shifted(outputs)[:, 0].tolist() == [seq2seq_attention.START] * 4
 
 
-def test_the_decoder_does_not_see_what_it_predicts():
+def test_the_decoder_does_not_see_the_digits_it_predicts():
     model = seq2seq_attention.Transformer()
     inputs, outputs = seq2seq_attention.make_batch(2, np.random.default_rng(0))
     other = outputs.copy()

@@ -11,12 +11,12 @@ from examples import spiral_mlp
 def test_spiral_mlp_classifies_new_points(run):
     printed = run("spiral_mlp")
     seen, new = re.search(r"accuracy (\S+) on 600 training points, (\S+) on 600 new ones", printed).groups()
-    assert float(seen) == pytest.approx(0.998, abs=0.005)  # as in the docstring
+    assert float(seen) == pytest.approx(0.998, abs=0.005)  # as stated in the script's docstring
     assert float(new) == pytest.approx(0.980, abs=0.01)
 
 
 @pytest.mark.slow
-def test_the_same_output_each_time(run):
+def test_output_is_reproducible(run):
     assert run("spiral_mlp", "--steps", 20) == run("spiral_mlp", "--steps", 20)
 
 

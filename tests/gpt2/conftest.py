@@ -1,4 +1,4 @@
-"""Fixtures for the tests of pages."""
+"""Fixtures for the tests of HTML pages."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium: the installed one, or Playwright's."""
+    """A headless Chromium: the system's, or the one that Playwright installed."""
     from playwright import sync_api as api
 
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -16,6 +16,6 @@ def browser():
         try:
             browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except api.Error as error:
-            pytest.skip(f"needs Chromium, such as from `playwright install chromium`: {str(error).splitlines()[0]}")
+            pytest.skip(f"requires Chromium; try `playwright install chromium`: {str(error).splitlines()[0]}")
         yield browser
         browser.close()

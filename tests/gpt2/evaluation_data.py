@@ -1,4 +1,4 @@
-"""Data for tests of evaluation: a small model, data sets with two tokenizers, and files for both tasks."""
+"""Data for the evaluation tests: a small model, data sets with two tokenizers, and files for both tasks."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""A small model for the tests of the inspector, and the data in a page."""
+"""A small model for the tests of the inspector, and a reader for the data in a page."""
 
 import json
 import re
@@ -19,5 +19,5 @@ def made(config=CONFIG, scale=8.0, seed=1):
 
 
 def data_of(file):
-    """The data in a page."""
+    """The JSON data in a page."""
     return json.loads(re.search(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)[1])

@@ -1,5 +1,5 @@
-"""Training in bfloat16 on a CPU: gradients and steps compared with float32, the same bits after a resume and with other
-numbers of threads, and the message if the processor has no instructions for it."""
+"""Training in bfloat16 on a CPU: gradients and steps compared with float32, bit-identical results after resuming and
+with any number of threads, and the message if the processor has no bfloat16 instructions."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ NO_INSTRUCTIONS = "this processor has no instructions for bfloat16 (avx512_bf16 
 
 @pytest.fixture(params=["float32 products", "oneDNN"])
 def products(request, monkeypatch):
-    """Products by the portable path, and by oneDNN."""
+    """Compute products with the portable path, and with oneDNN."""
     if request.param == "float32 products":
         monkeypatch.setattr(onednn, "library", lambda: None)
     elif onednn.library() is None:
@@ -31,14 +31,14 @@ def products(request, monkeypatch):
 
 @pytest.fixture
 def without_instructions(monkeypatch):
-    """A processor without instructions for bfloat16."""
+    """A processor without bfloat16 instructions."""
     monkeypatch.setattr(onednn, "library", lambda: None)
     monkeypatch.setattr(onednn, "unavailable_reason", lambda: NO_INSTRUCTIONS)
 
 
 @pytest.fixture
 def with_instructions(monkeypatch):
-    """A processor that has them; products are computed by the portable path."""
+    """A processor with bfloat16 instructions; products are still computed by the portable path."""
     monkeypatch.setattr(onednn, "library", lambda: None)
     monkeypatch.setattr(onednn, "unavailable_reason", lambda: None)
 
@@ -58,7 +58,7 @@ def gradients(precision, config=NANO, **options):
 
 
 def steps(precision, count, **options):
-    """The losses of so many steps, and the model."""
+    """Do `count` training steps. Returns the losses and the model."""
     model = GPT2(NANO, dtype=precision, **options)
     optimizer, losses = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1), []
     for step in range(count):
@@ -71,7 +71,7 @@ def steps(precision, count, **options):
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_the_gradient_of_every_matrix_is_that_of_float32(products, activation):
+def test_gradients_are_close_to_float32(products, activation):
     config = replace(NANO, activation_function=activation)
     loss, found = gradients("bfloat16", config)
     true_loss, right = gradients("float32", config)
@@ -79,16 +79,16 @@ def test_the_gradient_of_every_matrix_is_that_of_float32(products, activation):
     for name, true in right.items():
         assert found[name].dtype == np.float32
         error = np.linalg.norm(found[name] - true) / np.linalg.norm(true)
-        assert 1e-4 < error < 2e-2, name  # (and it was computed in bfloat16)
+        assert 1e-4 < error < 2e-2, name  # a smaller error would mean float32 products
 
 
-def test_training_follows_float32(products):
+def test_training_losses_are_close_to_float32(products):
     found, right = (np.array(steps(precision, 40)[0]) for precision in ("bfloat16", "float32"))
     assert right[-1] < 0.7 * right[0]
     np.testing.assert_allclose(found, right, rtol=2e-2)
 
 
-def test_parameters_and_moments_are_float32_and_the_copies_are_rounded(products):
+def test_parameters_are_float32_and_their_copies_are_rounded(products):
     _, model = steps("bfloat16", 2)
     for name, p in model.named_parameters():
         assert p.dtype == np.float32, name
@@ -99,7 +99,7 @@ def test_parameters_and_moments_are_float32_and_the_copies_are_rounded(products)
 
 
 @pytest.mark.parametrize("options", [{"recompute": "block"}, {"head_rows": 100}], ids=str)
-def test_options_that_save_memory_give_the_same_gradients(products, options):
+def test_memory_saving_options_give_the_same_gradients(products, options):
     loss, found = gradients("bfloat16", **options)
     true_loss, right = gradients("bfloat16")
     assert loss == pytest.approx(true_loss, rel=1e-6)
@@ -110,7 +110,7 @@ def test_options_that_save_memory_give_the_same_gradients(products, options):
             assert np.linalg.norm(found[name] - gradient) < 2e-2 * np.linalg.norm(gradient), name
 
 
-def test_the_number_of_threads_changes_no_bit(set_threads):
+def test_results_are_bit_identical_with_any_number_of_threads(set_threads):
     if onednn.library() is None:
         pytest.skip(onednn.unavailable_reason())
     found = []
@@ -125,7 +125,7 @@ def test_the_number_of_threads_changes_no_bit(set_threads):
 
 
 @pytest.mark.parametrize("more", [[], ["--recompute", "block"], ["--optimizer", "muon"]], ids=str)
-def test_a_run_resumes_to_the_same_bits(workspace, with_instructions, more):
+def test_a_resumed_run_is_bit_identical(workspace, with_instructions, more):
     options = ["--dtype", "bfloat16", "--lr-decay-iters", "8", "--dropout", "0.1", *more]
     run(*options, "--max-iters", "8", "--out-dir", "whole")
     run(*options, "--max-iters", "5", "--out-dir", "parts")
@@ -139,7 +139,7 @@ def test_a_run_resumes_to_the_same_bits(workspace, with_instructions, more):
     assert json.loads(state.read_text())["options"]["dtype"] == "bfloat16"
 
 
-def test_a_new_run_without_the_instructions_computes_in_float32_and_stays_so(
+def test_a_new_run_without_bfloat16_instructions_uses_float32_even_after_resuming(
     workspace, without_instructions, monkeypatch, capsys
 ):
     run("--dtype", "bfloat16", "--max-iters", "2", "--out-dir", "a")
@@ -147,14 +147,14 @@ def test_a_new_run_without_the_instructions_computes_in_float32_and_stays_so(
     assert f"--dtype bfloat16: {NO_INSTRUCTIONS}; computing in float32" in lines
     assert any(line.startswith("device     cpu, float32, ") for line in lines)
     run("--max-iters", "4", "--out-dir", "b")
-    monkeypatch.setattr(onednn, "unavailable_reason", lambda: None)  # resumed on a processor that has them
+    monkeypatch.setattr(onednn, "unavailable_reason", lambda: None)  # resume on a processor with the instructions
     run("--max-iters", "4", "--out-dir", "a")
     assert "device     cpu, float32, " in capsys.readouterr().out
     with_float32 = [line.split() for line in Path("b/log.jsonl").read_text().splitlines()]
     assert len(with_float32) == 4
 
 
-def test_a_run_in_bfloat16_continues_without_the_instructions_or_changes_by_dtype(
+def test_a_run_in_bfloat16_resumes_without_the_instructions_and_can_change_to_float32(
     workspace, with_instructions, monkeypatch, capsys
 ):
     run("--dtype", "bfloat16", "--max-iters", "2", "--keep", "1")
@@ -173,13 +173,13 @@ def test_a_run_in_bfloat16_continues_without_the_instructions_or_changes_by_dtyp
     assert any(line.startswith("device     cpu, float32, ") for line in lines)
 
 
-def test_a_run_in_float32_does_not_change_to_bfloat16_without_the_instructions(workspace, without_instructions, capsys):
+def test_a_run_in_float32_cannot_change_to_bfloat16_without_the_instructions(workspace, without_instructions, capsys):
     run("--max-iters", "2")
     run("--max-iters", "3", "--dtype", "bfloat16")
     assert f"--dtype bfloat16: {NO_INSTRUCTIONS}; computing in float32" in capsys.readouterr().out
 
 
-def test_why_a_cpu_computes_bfloat16_slowly_or_not_at_all(without_instructions, monkeypatch):
+def test_reasons_why_bfloat16_is_slow_or_unsupported_on_a_cpu(without_instructions, monkeypatch):
     cpu = get_backend("cpu")
     assert cpu.slow_reason("bfloat16") == NO_INSTRUCTIONS
     assert cpu.slow_reason("float32") is None

@@ -1,4 +1,4 @@
-"""gpt2/completions.py: requests, pieces, and the worker thread."""
+"""gpt2/completions.py: parsing requests, the pieces of a completion, and the worker thread."""
 
 import json
 import queue
@@ -56,7 +56,7 @@ def answer_of(model, **values):
 # Requests ------------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_apis():
+def test_defaults_are_those_of_the_openai_api():
     request = parse(prompt="ab")
     assert (request.prompts, request.max_tokens, request.n, request.temperature) == ([[97, 98]], 16, 1, 1.0)
     assert (request.top_k, request.top_p, request.stop, request.logprobs) == (None, None, [], None)
@@ -106,7 +106,7 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("top_k", 0, "top_k is 0; expected an integer from 1"),
         ("seed", -1, "seed is -1; expected an integer from 0"),
         ("seed", 2**64, "seed is 18446744073709551616"),
-        ("stop", [""], "stop: expected a string or a list of strings, none of them empty"),
+        ("stop", [""], "stop: expected a non-empty string or a list of non-empty strings"),
         ("stop", ["a"] * 5, "stop: expected at most 4 strings"),
         ("stop", "a" * 1001, "stop: expected at most 4 strings of at most 1000 characters"),
         ("logprobs", 21, "logprobs is 21; expected an integer from 0 to 20"),
@@ -117,7 +117,7 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("temprature", 1, "'temprature' is not a supported field"),
     ],
 )
-def test_an_invalid_field_is_named(field, value, message):
+def test_the_error_for_an_invalid_field_names_it(field, value, message):
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
     assert str(caught.value).startswith(message)
@@ -127,7 +127,7 @@ def test_an_invalid_field_is_named(field, value, message):
     assert caught.value.status == (404 if value == "other" else 400)
 
 
-def test_limits_of_combinations():
+def test_limits_on_combinations_of_fields():
     with pytest.raises(RequestError, match="n is 9 for 2 prompts: 18 choices") as caught:
         parse(prompt=["a", "b"], n=9)
     assert caught.value.field == "n"
@@ -137,7 +137,7 @@ def test_limits_of_combinations():
 
 
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"seed": 1' + b"0" * 5000 + b"}", b"3"])
-def test_a_body_that_is_not_a_json_object(body):
+def test_a_body_that_is_not_a_json_object_is_rejected(body):
     with pytest.raises(RequestError, match="the body is"):
         parse_json(body)
 
@@ -146,7 +146,7 @@ def test_a_body_that_is_not_a_json_object(body):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 5}])
-def test_the_text_is_the_same_as_on_the_command_line(model, sampling):
+def test_texts_equal_those_of_the_command_line(model, sampling):
     expected = ["", ""]
     for i, piece in stream_text(model, BYTES, [97, 98], 50, samples=2, stop=["zz"], **sampling):
         expected[i] += piece
@@ -156,7 +156,7 @@ def test_the_text_is_the_same_as_on_the_command_line(model, sampling):
     assert [choice["text"] for choice in with_logprobs["choices"]] == expected
 
 
-def test_several_prompts_are_numbered_one_after_the_other(model):
+def test_choices_of_several_prompts_are_numbered_consecutively(model):
     both = answer_of(model, prompt=["a", "b"], n=2, seed=1)["choices"]
     assert [choice["index"] for choice in both] == [0, 1, 2, 3]
     for i, prompt in enumerate("ab"):
@@ -164,7 +164,7 @@ def test_several_prompts_are_numbered_one_after_the_other(model):
         assert [choice["text"] for choice in alone] == [choice["text"] for choice in both[2 * i : 2 * i + 2]]
 
 
-def test_an_interrupted_text_continues_unchanged(model):
+def test_an_interrupted_text_can_be_continued(model):
     whole = list(pieces(model, BYTES, parse(prompt="ab", max_tokens=20, seed=3, logprobs=0)))
     ids = [token.id for piece in whole if piece for token in piece.tokens]
     assert len(ids) == 20
@@ -196,7 +196,7 @@ def test_log_probabilities_equal_the_softmax_of_the_logits(model):
     assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
 
 
-def test_a_prompt_alone_is_scored(model):
+def test_a_prompt_is_scored_if_max_tokens_is_0(model):
     found = answer_of(model, prompt="abc", max_tokens=0, logprobs=1, echo=True)
     assert found["choices"][0]["text"] == "abc"
     assert len(found["choices"][0]["logprobs"]["token_logprobs"]) == 3
@@ -206,7 +206,7 @@ def test_a_prompt_alone_is_scored(model):
 
 
 def fed(ids, stop=(), last=None):
-    """The pieces of a choice for these tokens."""
+    """The pieces that a choice returns for these tokens."""
     choice = Choice(0, TextPieces(BYTES, BYTES.end_ids, stop), BYTES.end_ids)
     return [choice.add(TokenInfo(i, 0), last=at == last) for at, i in enumerate(ids)]
 
@@ -220,7 +220,7 @@ def test_a_character_of_several_tokens_is_one_piece():
     assert (only.text, only.finish, len(only.tokens)) == ("\ufffd", "length", 1)
 
 
-def test_a_stop_string_and_its_tokens_are_left_out():
+def test_a_stop_string_and_its_tokens_are_removed():
     found = [piece for piece in fed(b"xabyabc", stop=["abc"]) if piece]
     assert "".join(piece.text for piece in found) == "xaby"
     assert bytes(token.id for piece in found for token in piece.tokens) == b"xaby"
@@ -232,7 +232,7 @@ def test_end_of_text_is_not_part_of_the_text():
     assert (a.text, end.text, end.tokens, end.finish, end.ending.id) == ("a", "", [], "stop", BYTES.end_of_text)
 
 
-def test_tokens_that_are_not_text_are_named_by_their_bytes(model):
+def test_tokens_that_are_not_valid_text_are_shown_as_bytes(model):
     request = Request([[0xC3]], max_tokens=0, echo=True, logprobs=1)
     answer = Answer(request, BYTES, NAME)
     for piece in pieces(model, BYTES, request):
@@ -260,7 +260,7 @@ def worker():
     worker.stop()
 
 
-def test_jobs_run_in_turn(worker):
+def test_jobs_take_turns(worker):
     order, entered, both = [], threading.Event(), threading.Event()
 
     def steps(name):
@@ -336,7 +336,7 @@ def test_too_many_jobs_are_rejected_and_cancelled_jobs_do_not_count(worker):
     go.set()
 
 
-def test_errors_end_their_own_job_only(worker):
+def test_an_error_ends_only_its_own_job(worker):
     bad, good = Results(), Results()
     worker.submit(lambda: (_ for _ in [1 // 0]), bad.put)
     worker.submit(lambda: iter([None, 5]), good.put)
@@ -344,7 +344,7 @@ def test_errors_end_their_own_job_only(worker):
     assert good.all() == [5]  # None is not delivered
 
 
-def test_time_is_bounded():
+def test_a_job_that_takes_too_long_is_ended():
     worker = Worker(seconds=0.0)
     results = Results()
     worker.submit(lambda: iter([1]), results.put)
@@ -356,5 +356,5 @@ def test_time_is_bounded():
     assert not worker._thread.is_alive()
 
 
-def test_limits_are_those_of_the_documentation():
+def test_the_maximum_number_of_choices_is_accepted():
     assert parse(prompt="a", n=MAX_CHOICES).n == MAX_CHOICES

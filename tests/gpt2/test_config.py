@@ -6,7 +6,7 @@ from gpt2 import GPT2, GPT2Config
 from gpt2.config import PRESETS
 from gpt2.generate import KVCache
 
-PUBLISHED = {  # the parameters of transformers' gpt2, gpt2-medium, gpt2-large and gpt2-xl
+PUBLISHED = {  # numbers of parameters in transformers
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
@@ -22,7 +22,7 @@ def test_presets_have_the_published_sizes(name):
     assert config.embd_pdrop == config.attn_pdrop == config.resid_pdrop == 0.1
 
 
-def test_unknown_preset_names_the_known_ones():
+def test_the_error_for_an_unknown_preset_lists_the_presets():
     with pytest.raises(
         ValueError, match=r"preset 'gpt3' is unknown.*nano, micro, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     ):
@@ -32,12 +32,12 @@ def test_unknown_preset_names_the_known_ones():
 @pytest.mark.parametrize(
     "config", [PRESETS["nano"], GPT2Config(vocab_size=7, n_positions=5, n_embd=6, n_layer=3, n_head=2)]
 )
-def test_n_parameters_counts_the_parameters_of_the_model(config):
+def test_n_parameters_equals_that_of_the_model(config):
     assert GPT2(config).n_parameters() == config.n_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_dictionary_round_trip(name):
+def test_round_trip_through_a_dictionary(name):
     config = dataclasses.replace(PRESETS[name], activation_function="gelu", embd_pdrop=0.25, layer_norm_epsilon=1e-6)
     values = config.to_dict()
     assert GPT2Config.from_dict(values) == config
@@ -46,7 +46,7 @@ def test_dictionary_round_trip(name):
     assert values["bos_token_id"] == values["eos_token_id"] == config.vocab_size - 1
 
 
-def test_defaults_of_a_dictionary_are_the_published_ones():
+def test_missing_keys_have_the_published_defaults():
     assert GPT2Config.from_dict({"unrelated": 1}) == GPT2Config()
 
 
@@ -90,7 +90,7 @@ def test_other_spellings_of_supported_settings_are_accepted(field, value):
 
 
 @pytest.mark.parametrize(("prompt", "more", "tokens", "read"), [(5, 3, 8, 5), (5, 30, 20, 10), (70, 1, 20, 20)])
-def test_memory_to_generate_counts_the_cache_and_the_prompt(prompt, more, tokens, read):
+def test_memory_to_generate_includes_the_cache_and_the_prompt(prompt, more, tokens, read):
     config = GPT2Config(vocab_size=11, n_positions=20, n_embd=8, n_layer=3, n_head=2)
     need = config.memory_to_generate(7, prompt, more)
     assert need["keys and values"] == sum(layer.nbytes for layer in KVCache(GPT2(config), 7, tokens).layers)
@@ -100,7 +100,7 @@ def test_memory_to_generate_counts_the_cache_and_the_prompt(prompt, more, tokens
 
 
 @pytest.mark.parametrize("ends", [None, 3, (3, 5)])
-def test_begin_and_end_ids_are_written_unchanged(ends):
+def test_bos_and_eos_ids_are_written_unchanged(ends):
     values = GPT2Config(vocab_size=7, bos_token_id=2, eos_token_id=ends).to_dict()
     assert values["eos_token_id"] == (list(ends) if isinstance(ends, tuple) else ends)
     assert "generation_config" not in values
@@ -108,7 +108,7 @@ def test_begin_and_end_ids_are_written_unchanged(ends):
     assert (found.bos_token_id, found.eos_token_id, found.to_dict()) == (2, ends, values)
 
 
-def test_ids_are_never_guessed_from_the_size():
+def test_ids_are_not_guessed_from_the_vocabulary_size():
     config = GPT2Config(vocab_size=300)
     assert (config.to_dict()["bos_token_id"], config.to_dict()["eos_token_id"]) == (None, None)
     assert (config.begin_id, config.end_ids) == (None, ())
@@ -118,13 +118,14 @@ def test_ids_are_never_guessed_from_the_size():
     assert known.with_ids(4, (5,)).ids() == {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_generation_config_takes_precedence_and_ids_outside_the_vocabulary_do_not_count():
+def test_generation_config_takes_precedence_and_ids_outside_the_vocabulary_are_ignored():
     config = GPT2Config(
         vocab_size=9, bos_token_id=1, eos_token_id=2, generation_config={"eos_token_id": [3, 50256], "top_k": 4}
     )
     assert (config.begin_id, config.end_ids) == (1, (3,))
     assert GPT2Config(vocab_size=9, bos_token_id=50256, eos_token_id=50256).end_ids == ()
-    assert config == dataclasses.replace(config, eos_token_id=5, generation_config=None)  # the same function
+    # Equality ignores the ids, because they do not affect the model's outputs.
+    assert config == dataclasses.replace(config, eos_token_id=5, generation_config=None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""gpt2/console.py: how commands start and end: Ctrl-C, closed pipes, and terminals with limited encodings."""
+"""gpt2/console.py: Ctrl-C, closed pipes, exit statuses, and terminals with limited encodings."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def handler():
-    """Restores the SIGINT handler after a test; processes started by tests get the default."""
+    """Set Python's default SIGINT handler, and restore the previous one after the test."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -94,13 +94,13 @@ def raising(error, **options):
         (BrokenPipeError(32, "Broken pipe"), {"closed_pipe": None}, 1, "Broken pipe"),
     ],
 )
-def test_an_error_is_one_line_and_a_status(capsys, error, options, status, line):
+def test_an_error_prints_one_line_and_returns_a_status(capsys, error, options, status, line):
     assert raising(error, **options)([]) == status
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"gpt2.test: {'' if 'interrupted' in line else 'error: '}{line}\n")
 
 
-def test_a_bug_keeps_its_traceback():
+def test_unexpected_exceptions_propagate():
     with pytest.raises(TypeError, match="ours"):
         raising(TypeError("ours"))([])
 
@@ -164,7 +164,7 @@ def test_control_characters_are_visible(text, shown):
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_every_line_is_escaped(monkeypatch, stream):
-    """Lines are escaped even in a file, since it may be shown on a terminal later."""
+    """Lines are escaped even if the stream is a file, because the file may be shown on a terminal later."""
     monkeypatch.setattr(sys, "stdout", stream())
     monkeypatch.setattr(sys, "stderr", stream())
     console.say("a\x1bb")
@@ -190,7 +190,7 @@ def test_wrapping_keeps_the_words_and_fits_the_width(width, indent):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_text_in_pieces_is_wrapped_like_the_whole_text(size):
+def test_text_in_pieces_is_wrapped_like_the_complete_text(size):
     pieces = []
     wrapper = console.Wrapper(pieces.append, 24)
     for start in range(0, len(TEXT), size):

@@ -1,4 +1,4 @@
-"""gpt2/convert.py: model files of every format converted into each other, with their tokenizers."""
+"""gpt2/convert.py: conversion between all formats of model files, with their tokenizers."""
 
 import json
 import math
@@ -22,8 +22,8 @@ def model():
     return random_model()
 
 
-def test_round_trips_are_equal_bit_by_bit(model, tmp_path):
-    """Each format is converted to each format and back: six files from one."""
+def test_round_trips_are_bit_identical(model, tmp_path):
+    """The model is converted to each format, and from there to each format again."""
     model.save_pretrained(tmp_path / "start")
     for first in convert.FORMATS:
         convert.convert(tmp_path / "start", tmp_path / first, first)
@@ -38,7 +38,7 @@ def test_round_trips_are_equal_bit_by_bit(model, tmp_path):
         assert (tmp_path / folder / name).read_bytes() == (tmp_path / "start" / name).read_bytes()
 
 
-def test_a_config_survives_a_pytorch_file(tmp_path):
+def test_a_pytorch_file_preserves_the_config(tmp_path):
     model = random_model(activation_function="gelu", layer_norm_epsilon=1e-6, attn_pdrop=0.3, initializer_range=0.1)
     model.save_pretrained(tmp_path / "start")
     convert.convert(tmp_path / "start", tmp_path / "model.pt", "pt")
@@ -47,7 +47,7 @@ def test_a_config_survives_a_pytorch_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["hf", "pt"])
-def test_two_byte_values(dtype, form, model, tmp_path):
+def test_weights_are_rounded_to_two_byte_dtypes(dtype, form, model, tmp_path):
     model.save_pretrained(tmp_path / "start")
     convert.convert(tmp_path / "start", tmp_path / "half", form, dtype)
     found = values(GPT2.from_pretrained(tmp_path / "half"))
@@ -61,7 +61,7 @@ def run(*arguments, code=0):
     assert convert.main([str(argument) for argument in arguments]) == code
 
 
-def test_the_command(model, tmp_path, capsys):
+def test_the_command_line(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "a")
     run(tmp_path / "a", tmp_path / "b.pt", "--to", "pt")
     written, command = capsys.readouterr().out.splitlines()
@@ -84,7 +84,7 @@ def test_errors_are_one_line_and_leave_no_file(model, tmp_path, capsys):
         ([tmp_path / "a", tmp_path / "there.pt", "--to", "pt"], "there.pt: already exists"),
         ([tmp_path / "x.pt", tmp_path / "y", "--to", "hf"], "x.pt: it is not a torch.save file"),
         ([tmp_path / "nowhere", tmp_path / "y", "--to", "hf"], "nowhere: no such file or folder"),
-        ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c computes GELU's tanh form"),
+        ([tmp_path / "exact", tmp_path / "y", "--to", "llmc"], "llm.c supports only GELU's tanh form"),
         ([tmp_path / "a", tmp_path / "y", "--to", "llmc", "--dtype", "float16"], "llm.c does not support float16"),
         ([tmp_path / "a", tmp_path / "no" / "y", "--to", "pt"], "the folder"),
     ):
@@ -116,7 +116,7 @@ def test_a_failed_conversion_leaves_no_file(model, tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_torch_is_not_needed(model, tmp_path):
+def test_conversion_does_not_need_torch(model, tmp_path):
     model.save_pretrained(tmp_path / "a")
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -130,7 +130,7 @@ def test_torch_is_not_needed(model, tmp_path):
 # The tokenizer
 
 
-def test_a_folder_has_the_tokenizer(model, tmp_path):
+def test_a_converted_folder_contains_the_tokenizer(model, tmp_path):
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "b", "hf")
     assert Tokenizer.for_model(tmp_path / "b", 257).fingerprint == Tokenizer.load("bytes").fingerprint
@@ -138,7 +138,7 @@ def test_a_folder_has_the_tokenizer(model, tmp_path):
     assert ids == {"bos_token_id": 256, "eos_token_id": 256}
 
 
-def test_a_model_without_a_tokenizer_is_written_without(tmp_path, capsys):
+def test_a_model_without_a_tokenizer_is_converted_without_one(tmp_path, capsys):
     random_model(vocab_size=99).save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "b", "hf")
     assert "no tokenizer is known for a vocabulary of 99" in capsys.readouterr().err
@@ -150,8 +150,8 @@ def test_a_model_without_a_tokenizer_is_written_without(tmp_path, capsys):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_files):
-    """Through both other formats to a folder: equal logits, equal greedy text, equal ids for a text."""
+def test_transformers_computes_the_same_with_an_exported_folder(tmp_path, gpt2_files):
+    """After conversion through both other formats, logits, greedy text and token ids are equal."""
     import torch
     import transformers
 
@@ -182,7 +182,7 @@ def test_transformers_computes_the_same_from_an_exported_folder(tmp_path, gpt2_f
     assert mine.generate(prompt["input_ids"][0].tolist(), new, temperature=0) == [expected]
 
 
-# Begin and end ids
+# BOS and EOS ids
 
 
 def write_ids(folder, config, generation):
@@ -193,7 +193,7 @@ def write_ids(folder, config, generation):
 
 
 def ids_of(folder):
-    """The ids in the two files, and all of generation_config.json."""
+    """The ids in config.json, and the contents of generation_config.json."""
     config = json.loads((folder / "config.json").read_text())
     file = folder / "generation_config.json"
     return {name: config[name] for name in ("bos_token_id", "eos_token_id")}, json.loads(file.read_text())
@@ -207,8 +207,8 @@ def ids_of(folder):
         ({"bos_token_id": 256, "eos_token_id": 256}, {"_from_model_config": True, "eos_token_id": 3}),
     ],
 )
-def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
-    """save_pretrained and convert keep them, in each format that can store them."""
+def test_ids_are_preserved(config, generation, model, tmp_path):
+    """save_pretrained and convert keep the ids, in every format that can store them."""
     model.save_pretrained(tmp_path / "a")
     write_ids(tmp_path / "a", config, generation)
     expected = config, generation or config
@@ -221,7 +221,7 @@ def test_ids_are_written_back_unchanged(config, generation, model, tmp_path):
         assert ids_of(tmp_path / f"{source}-hf") == ids_of(tmp_path / f"{source}-pt-hf") == expected
 
 
-def test_a_model_without_ids_takes_those_of_its_tokenizer(model, tmp_path):
+def test_a_model_without_ids_gets_those_of_its_tokenizer(model, tmp_path):
     model.save_pretrained(tmp_path / "a")
     for name in ("bos_token_id", "eos_token_id"):
         assert json.loads((tmp_path / "a" / "config.json").read_text())[name] is None
@@ -248,7 +248,7 @@ def test_the_files_of_a_tokenizer_are_copied(model, tmp_path):
         assert (tmp_path / "b" / names.get(name, name)).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_nanogpts_form_of_gelu_is_reported(model, tmp_path, capsys):
+def test_a_note_reports_that_nanogpt_uses_exact_gelu(model, tmp_path, capsys):
     for activation, said in (("gelu_new", True), ("gelu", False)):
         random_model(activation_function=activation).save_pretrained(tmp_path / activation)
         run(tmp_path / activation, tmp_path / f"{activation}.pt", "--to", "pt")

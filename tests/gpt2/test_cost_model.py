@@ -1,4 +1,4 @@
-"""gpt2/cost_model.py: the FLOPs and bytes of a step, and times on a device."""
+"""gpt2/cost_model.py: the FLOPs and bytes of a training step, and predicted times on a device."""
 
 import math
 from dataclasses import replace
@@ -17,10 +17,11 @@ def total(kernels, figure):
 
 
 @pytest.mark.parametrize("preset", ["nano", "gpt2", "gpt2-xl"])
-def test_the_flops_of_a_step_are_those_of_palm_appendix_b(preset):
-    """6 N + 12 L H Q T per token, of which causal attention computes half; N without the position embedding.
+def test_flops_of_a_step_agree_with_palm_appendix_b(preset):
+    """The formula is 6 N + 12 L H Q T per token, where N excludes the position embedding.
 
-    Attention's backward pass computes S again: 7 products (2 + 5) where the formula counts 6 (2 + 4).
+    Causal attention computes only half of the second term. Its backward pass recomputes S, so there are 7 products
+    (2 + 5) instead of the formula's 6 (2 + 4).
     """
     config = PRESETS[preset]
     B, T = 2, config.n_positions
@@ -31,7 +32,7 @@ def test_the_flops_of_a_step_are_those_of_palm_appendix_b(preset):
     assert counted == pytest.approx(config.flops_per_token(T), rel=0.05)
 
 
-def test_recomputing_blocks_adds_a_forward_pass_of_them_and_chunks_of_logits_add_no_work():
+def test_recomputing_blocks_adds_a_forward_pass_and_chunked_logits_add_no_flops():
     plain, block = (cost_model.micro_step(GPT2, 4, 1024, recompute=name) for name in ("none", "block"))
     chunked = cost_model.micro_step(GPT2, 4, 1024, head_rows=1000)
     forward = sum(k.calls * k.cost.flops for k in plain if not k.backward and "head" not in k.name)
@@ -53,7 +54,7 @@ def test_every_kernel_has_a_family_with_rates():
             assert all(math.isfinite(device.seconds(kernel.cost)) for kernel in kernels)
 
 
-def test_the_cards_are_those_of_the_table_of_peaks():
+def test_cards_are_those_in_the_table_of_peaks():
     assert list(cost_model.CARDS) == list(PEAK_TFLOPS)
     assert set(cost_model.CARDS) <= set(BANDWIDTH)
 
@@ -62,15 +63,15 @@ def test_the_cards_are_those_of_the_table_of_peaks():
     ("card", "batch_size", "tokens_per_s"),
     [("H200", 64, 546e3), ("A100", 64, 223e3), ("RTX 4090", 16, 128e3), ("RTX 5090", 16, 168e3)],
 )
-def test_the_step_of_124m_on_several_gpus(card, batch_size, tokens_per_s):
-    """As estimated by hand, kernel by kernel, in bfloat16."""
+def test_predicted_tokens_per_second_of_the_124m_model(card, batch_size, tokens_per_s):
+    """The expected values were estimated by hand, kernel by kernel, in bfloat16."""
     device = cost_model.gpu(card, "bfloat16")
     kernels = cost_model.micro_step(GPT2, batch_size, 1024, "bfloat16") + cost_model.update(GPT2, "bfloat16")
     seconds = sum(kernel.calls * device.seconds(kernel.cost) for kernel in kernels)
     assert batch_size * 1024 / seconds == pytest.approx(tokens_per_s, rel=0.03)
 
 
-def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic():
+def test_time_of_a_kernel_is_the_maximum_of_arithmetic_and_memory_traffic():
     device = cost_model.gpu("H200", "bfloat16")
     rate = device.rates["product"]
     large, thin = cost_model.product(8192, 8192, 8192, 2), cost_model.product(8192, 8192, 1, 2)
@@ -79,13 +80,13 @@ def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic():
     assert device.milliseconds(large) == 1e3 * device.seconds(large)
 
 
-def test_an_unknown_precision_of_a_card():
-    with pytest.raises(ValueError, match="H200 has no known peak in float64; choose one of float32, tf32, bfloat16"):
+def test_an_unknown_precision_is_an_error():
+    with pytest.raises(ValueError, match="the peak of H200 in float64 is unknown; choose one of float32"):
         cost_model.gpu("H200", "float64")
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_communication_of_a_ring(zero):
+def test_communication_time_of_a_ring(zero):
     device = cost_model.gpu("H200", "bfloat16")
     P, table = GPT2.n_parameters, GPT2.vocab_size * GPT2.n_embd
     link = cost_model.RING * device.link

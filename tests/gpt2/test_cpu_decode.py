@@ -1,4 +1,4 @@
-"""gpt2/cpu_decode.py: one compiled call per token, with the bits of the operations."""
+"""gpt2/cpu_decode.py: one compiled call per token, bit-identical to the separate operations."""
 
 import threading
 
@@ -21,7 +21,7 @@ def model_of(dtype="float32", **sizes):
 
 
 def compare(model, texts, before, steps, capacity=None):
-    """Logits and caches after each of some tokens, by the decoder and by the operations: the same bits."""
+    """Assert that the decoder and the separate operations give bit-identical logits and caches for several tokens."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (texts, before + steps))
     caches = [KVCache(model, texts, capacity or before + steps) for _ in range(2)]
     assert isinstance(caches[0].decoder, CpuDecoder)
@@ -39,17 +39,17 @@ def compare(model, texts, before, steps, capacity=None):
 
 @pytest.mark.parametrize("texts", [1, 3, 7, cpu.GEMV_ROWS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16_weights"])
-def test_the_bits_are_those_of_the_operations(dtype, texts):
+def test_logits_are_bit_identical_to_the_operations(dtype, texts):
     compare(model_of(dtype), texts, before=5, steps=4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16_weights"])
-def test_also_where_the_cache_has_more_than_one_block(dtype):
+def test_caches_with_more_than_one_block(dtype):
     compare(model_of(dtype), 2, before=cpu.CACHE_BLOCK - 2, steps=6)
 
 
 @pytest.mark.parametrize("sizes", [{"n_layer": 1}, {"n_head": 4}, {"vocab_size": 1001}, {"layer_norm_epsilon": 1e-3}])
-def test_other_sizes(sizes):
+def test_other_model_sizes(sizes):
     compare(model_of(**sizes), 2, before=3, steps=2)
 
 
@@ -68,7 +68,7 @@ def test_generated_text_is_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["assign", "arena", "precision"])
-def test_weights_that_change_between_tokens_are_read(change):
+def test_weights_that_change_between_tokens_are_used(change):
     model = model_of()
     tokens, caches = np.array([[7]]), [KVCache(model, 1, 8) for _ in range(2)]
     caches[1].decoder = None
@@ -85,7 +85,7 @@ def test_weights_that_change_between_tokens_are_read(change):
                 model.to(precision="bfloat16_weights")
 
 
-def test_logits_are_not_overwritten_by_those_of_the_next_token():
+def test_logits_are_not_overwritten_by_the_next_token():
     model = model_of()
     seen = []
     tokens = generate(model, [1, 2, 3], 4, temperature=0, on_logits=lambda logits: seen.append((logits, logits.copy())))
@@ -94,7 +94,7 @@ def test_logits_are_not_overwritten_by_those_of_the_next_token():
         np.testing.assert_array_equal(logits, copy)
 
 
-def test_what_it_does_not_support_is_left_to_the_operations():
+def test_unsupported_models_use_the_operations():
     for model in (
         model_of("float64"), model_of("bfloat16"), model_of(activation_function="gelu"), model_of(n_embd=20, n_head=2),
     ):  # fmt: skip
@@ -117,7 +117,7 @@ def test_tokens_and_positions_out_of_range_are_rejected():
             next_logits(model, np.array([[0]]), cache)
 
 
-def test_values_that_are_not_finite_end_the_text():
+def test_generation_fails_if_logits_are_not_finite():
     model = model_of()
     tokens = generate(model, [5, 9, 2], 9, temperature=0)
     next(tokens)
@@ -126,8 +126,8 @@ def test_values_that_are_not_finite_end_the_text():
         list(tokens)
 
 
-def test_while_the_pool_computes_for_another_caller(set_threads):
-    """Then all parts run on the calling thread, with the same result."""
+def test_decoding_while_another_caller_uses_the_thread_pool(set_threads):
+    """All parts then run on the calling thread, with the same result."""
     set_threads(2)
     model = model_of()
     started, end = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""gpt2/cpu_rates.py: rates of the CPU from the profile of a small model."""
+"""gpt2/cpu_rates.py: the CPU's rates, measured by profiling a small model."""
 
 import pytest
 
@@ -12,7 +12,7 @@ NANO = PRESETS["nano"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rates_are_measured(dtype):
+def test_measured_rates_are_complete(dtype):
     step = Step(NANO, 2, 64, Precision.of(dtype))
     device = cpu_rates.measure(step)
     assert set(device.rates) == set(cost_model.FAMILIES)
@@ -22,8 +22,8 @@ def test_rates_are_measured(dtype):
     assert 0 < device.memory <= machine.memory()[1]
 
 
-def test_the_rates_give_back_the_profile(monkeypatch):
-    """The planned step of the model that was profiled takes as long as its profile."""
+def test_rates_reproduce_the_profile(monkeypatch):
+    """The predicted step time of the profiled model equals the time in its profile."""
     milliseconds = {
         "": 100, "linear_forward": 10, "linear_backward": 22, "attention_forward": 4, "attention_backward": 9,
         "layernorm_forward": 1, "add_layernorm_forward": 3, "layernorm_backward": 2, "add_layernorm_backward": 1,

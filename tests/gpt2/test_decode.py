@@ -1,4 +1,4 @@
-"""gpt2/decode.cu: one token in one launch equals the separate operations, at any position, for any number of texts.
+"""gpt2/decode.cu: decoding a token in one launch equals the separate operations, at any position and batch size.
 
 The kernel runs in the simulator, where its blocks wait for each other's messages as on a GPU, in several schedules.
 """
@@ -17,7 +17,7 @@ from tests.stand_ins.faults import inject_in, replace_source, without
 from tinygrad2 import no_grad
 from tinygrad2.kernels import cuda
 
-# 3 C is not a multiple of a tile's columns, V is not a multiple of anything; heads of 32.
+# 3 C is not a multiple of a tile's columns; V is prime; the head size is 32.
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=96, n_layer=2, n_head=3)
 SOURCE = Path(decode.__file__).with_suffix(".cu")
 BOUNDS = {"float32": 3e-6, "bfloat16": 2e-2}
@@ -30,7 +30,7 @@ def device(cublaslt):
 
 
 def model_of(config=CONFIG, dtype="float32", device="cuda"):
-    """A model in which all weights and biases matter."""
+    """A model in which all weights and biases affect the logits."""
     model = GPT2(config, device=device, dtype=dtype)
     R = np.random.default_rng(0)
     for name, p in model.named_parameters():
@@ -43,7 +43,8 @@ def model_of(config=CONFIG, dtype="float32", device="cuda"):
 
 
 def logits_of(model, tokens, prompt, decoder=True):
-    """The logits (B, T, V) at the positions of `tokens` (B, T) from `prompt` on, one token at a time, and the cache."""
+    """Decode `tokens` (B, T) one by one, after the first `prompt` of them. Returns the logits (B, T - prompt, V) and
+    the cache."""
     cache = KVCache(model, len(tokens), tokens.shape[1])
     if not decoder:
         cache.decoder = None
@@ -85,19 +86,19 @@ def test_a_token_in_one_launch_equals_the_separate_operations(device, dtype, tex
     "config",
     [
         GPT2Config(vocab_size=33, n_positions=20, n_embd=128, n_layer=1, n_head=2, activation_function="gelu"),
-        GPT2Config(vocab_size=300, n_positions=20, n_embd=320, n_layer=1, n_head=4),  # heads of 80, not a power of 2
-        GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=3, n_head=1),  # less work than blocks
+        GPT2Config(vocab_size=300, n_positions=20, n_embd=320, n_layer=1, n_head=4),  # head size 80, not a power of 2
+        GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=3, n_head=1),  # more blocks than work
     ],
     ids=str,
 )
-def test_other_sizes(device, config):
+def test_other_model_sizes(device, config):
     tokens = tokens_of(config, 2, 8)
     logits, _ = logits_of(model_of(config), tokens, 3)
     assert distance(logits, logits_of(model_of(config, device="cpu"), tokens, 3)[0]) < BOUNDS["float32"]
 
 
 def limited(monkeypatch, model, **changes):
-    """Give the model's GPU these limits."""
+    """Change these limits of the model's GPU."""
     limits = model.backend.cuda.limits()._replace(**changes)
     monkeypatch.setattr(model.backend.cuda, "limits", lambda: limits)
 
@@ -105,7 +106,7 @@ def limited(monkeypatch, model, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])  # without and with thread block clusters
 @pytest.mark.parametrize("processors", [1, 2, 7, 40])  # with 40 there are five clusters, of which two have no head
-def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors, capability):
+def test_results_do_not_depend_on_the_number_of_processors(device, monkeypatch, processors, capability):
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=processors, capability=capability)
     logits, _ = logits_of(model, tokens, 1)
@@ -114,7 +115,7 @@ def test_any_number_of_processors_gives_the_same(device, monkeypatch, processors
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clusters", [3, 1])
-def test_fewer_clusters_are_launched_if_fewer_run_at_once(device, monkeypatch, clusters):
+def test_no_more_clusters_are_launched_than_can_run_at_once(device, monkeypatch, clusters):
     device.clusters = clusters
     model, tokens = model_of(), tokens_of(CONFIG, 1, 8)
     limited(monkeypatch, model, processors=40)
@@ -146,7 +147,7 @@ def test_tags_wrap_around_at_32_bits(device, monkeypatch, capability):
 
 
 @pytest.mark.slow
-def test_every_schedule_gives_the_same_bits(device, monkeypatch):
+def test_all_schedules_give_bit_identical_results(device, monkeypatch):
     model, tokens = model_of(dtype="bfloat16"), tokens_of(CONFIG, 2, 40)
     results = []
     for order in range(5):
@@ -159,7 +160,7 @@ def test_every_schedule_gives_the_same_bits(device, monkeypatch):
 
 
 @pytest.mark.slow
-def test_generation_with_it_gives_the_same_texts(device):
+def test_generated_texts_equal_those_on_the_cpu(device):
     sampling = {"samples": 3, "temperature": 0.8, "seed": 3}
     texts = model_of().generate([5, 9, 2], 15, **sampling)
     assert texts == model_of(device="cpu").generate([5, 9, 2], 15, **sampling)
@@ -168,19 +169,19 @@ def test_generation_with_it_gives_the_same_texts(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_greedy_tokens_equal_the_cpus(device, monkeypatch, samples, capability):
-    """Chosen on the device, also beyond the context (32 tokens), and only among the first ids of a padded model."""
+def test_greedy_tokens_equal_those_on_the_cpu(device, monkeypatch, samples, capability):
+    """The tokens are chosen on the device, also beyond the context of 32 tokens, and without ids of the padding."""
     config = replace(CONFIG, n_positions=32)
     model, there = model_of(config), model_of(config, device="cpu")
     limited(monkeypatch, model, processors=24, capability=capability)
-    positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that the text keeps changing
+    positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that tokens vary
     for of in (model, there):
         of.wpe.weight.data = of.backend.asarray(positions)
     for vocab_size in (None, 60):
         options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
         texts = [[*generate(of, [5, 9, 2], 35, **options)] for of in (model, there)]
         np.testing.assert_array_equal(*texts)
-        assert len(np.unique(texts[0])) > 10, "the tokens hardly vary"
+        assert len(np.unique(texts[0])) > 10, "the tokens do not vary enough for this test"
         assert texts[0][0].dtype == np.int64
         assert vocab_size is None or np.max(texts) < vocab_size
 
@@ -188,25 +189,25 @@ def test_greedy_tokens_equal_the_cpus(device, monkeypatch, samples, capability):
 def test_the_next_launch_does_not_wait_for_the_host(device):
     model = model_of()
     tokens = generate(model, [5, 9, 2], 8, temperature=0)
-    next(tokens)  # reads the prompt
+    next(tokens)  # processes the prompt
     before = device.launches
     next(tokens)
     kernels = device.launches - before
     before, syncs = device.launches, device.syncs
     next(tokens)
     assert 1 <= device.launches - before < kernels
-    assert device.syncs == syncs, "nothing waits for the whole device"
+    assert device.syncs == syncs, "a token must not synchronize the device"
     tokens.close()
-    device.finish()  # pending copies are written to memory that has not been freed
+    device.finish()  # the target memory of pending copies must not have been freed
 
 
-def test_among_equal_logits_the_first_token_is_chosen(device):
+def test_the_first_of_equal_logits_is_chosen(device):
     model = model_of()
     model.wte.weight.data[...] = model.backend.asarray(np.zeros((101, 96), np.float32))
     np.testing.assert_array_equal([*generate(model, [5, 9, 2], 4, temperature=0)], np.zeros((4, 1)))
 
 
-def test_nan_logits_end_the_text(device):
+def test_nan_logits_are_an_error(device):
     model = model_of()
     tokens = generate(model, [5, 9, 2], 9, temperature=0)
     assert 0 <= next(tokens)[0] < 101
@@ -215,7 +216,7 @@ def test_nan_logits_end_the_text(device):
         list(tokens)
 
 
-def test_the_operations_compute_what_the_kernel_does_not_support(device, monkeypatch):
+def test_unsupported_models_use_the_operations(device, monkeypatch):
     model = model_of()
     assert KVCache(model, MAX_TEXTS, 8).decoder is not None
     assert KVCache(model, MAX_TEXTS + 1, 8).decoder is None
@@ -227,7 +228,7 @@ def test_the_operations_compute_what_the_kernel_does_not_support(device, monkeyp
     assert KVCache(model, MAX_TEXTS, 8).decoder is None
 
 
-def test_the_operations_compute_everything_unless_the_kernel_is_asked_for(device):
+def test_the_kernel_is_used_only_if_selected(device):
     model = model_of()
     for option, fused in (("ordinary", False), ("fused", True)):
         set_decode(model, option)
@@ -246,7 +247,7 @@ def test_blocks_that_cannot_all_run_at_once_are_an_error(device, monkeypatch, ca
         list(generate(model, [5, 9, 2], 3, temperature=0))
 
 
-def test_a_failure_of_the_gpu_says_how_to_generate_without_the_kernel(device, monkeypatch):
+def test_the_error_for_a_gpu_failure_suggests_ordinary_decoding(device, monkeypatch):
     def fails(self):
         raise RuntimeError("cudaErrorLaunchFailure: unspecified launch failure")
 
@@ -257,7 +258,7 @@ def test_a_failure_of_the_gpu_says_how_to_generate_without_the_kernel(device, mo
         list(tokens)
 
 
-def test_a_decoder_on_another_stream_waits_for_the_one_before(device):
+def test_a_decoder_waits_for_earlier_work_on_another_stream(device):
     model = model_of()
     caches = [KVCache(model, 1, 8) for _ in range(2)]
     main, other = strict_cupy.library.cuda.get_current_stream(), strict_cupy.Stream()
@@ -291,21 +292,27 @@ def test_a_token_or_position_out_of_range_is_rejected(device):
 
 FAULTS = {
     "a token does not attend to itself": ("attend", "if (i > position) continue;", "if (i >= position) continue;"),
-    "all blocks have the keys of the first": ("attend", "int i = rank() + (start", "int i = (start"),
-    "a key is stored at another position": (
+    "all blocks use the keys of the first block": ("attend", "int i = rank() + (start", "int i = (start"),
+    "a key is stored at the wrong position": (
         "attend", "(size_t)position * D + i % D", "(size_t)(position / 2) * D + i % D"
     ),
-    "weights are not waited for": ("product", "cp_async_wait<PREFETCH - PART>", "cp_async_wait<PREFETCH - PART + 1>"),
-    "inputs begin at another column": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
+    "the kernel does not wait for the weights": (
+        "product", "cp_async_wait<PREFETCH - PART>", "cp_async_wait<PREFETCH - PART + 1>"
+    ),
+    "inputs start at the wrong column": ("product", "x -= (first_of_half(MATRIX) ? rank() : cluster()) * ROWS;", ""),
     "rows have the wrong stride": (
         "Traversal", "stride(at_once(matrix) * outputs", "stride(at_once(matrix) * columns"
     ),
-    "a cluster without heads is waited for": ("decode", "receive_sum<ATTENTION_CLUSTERS>", "receive_sum<CLUSTERS>"),
-    "the squares are those of one block": ("layernorm", "of[2 * r + 1]", "of[1]"),
-    "blocks that may not have begun": ("decode", "cluster_barrier<RANKS>();", ""),
-    "the messages of the half before the last": ("decode", "entry, B * C, tag - 1));", "entry, B * C, tag - 2));"),
+    "the kernel waits for a cluster without heads": (
+        "decode", "receive_sum<ATTENTION_CLUSTERS>", "receive_sum<CLUSTERS>"
+    ),
+    "the sum of squares covers only one block": ("layernorm", "of[2 * r + 1]", "of[1]"),
+    "blocks do not wait until all blocks have started": ("decode", "cluster_barrier<RANKS>();", ""),
+    "a block reads the messages of an earlier half layer": (
+        "decode", "entry, B * C, tag - 1));", "entry, B * C, tag - 2));"
+    ),
     "shared memory is not cleared": ("decode", "(Message)(tag - 1) << 32;", "mailbox[i];"),
-    "halves share their results": ("decode", "half % 4 * CLUSTERS", "half % 4 * 0"),
+    "half layers share their result buffers": ("decode", "half % 4 * CLUSTERS", "half % 4 * 0"),
 }  # fmt: skip
 BARRIERS = {
     "product": 2,
@@ -318,9 +325,9 @@ BARRIERS = {
 }
 
 
-def test_every_barrier_is_among_the_faults():
+def test_faults_include_every_barrier():
     text = cuda.source(SOURCE)
-    own = text[text.index("struct Layer {") :]  # without the headers
+    own = text[text.index("struct Layer {") :]  # without the included headers
     assert own.count("__syncthreads();") == sum(BARRIERS.values())
 
 
@@ -328,31 +335,31 @@ def test_every_barrier_is_among_the_faults():
 @pytest.mark.parametrize(
     "fault", [None, *FAULTS, *((name, i) for name, n in BARRIERS.items() for i in range(n))], ids=str
 )
-def test_injected_faults_are_caught(device, monkeypatch, fault):
-    """A pair injects the removal of that __syncthreads of a function."""
+def test_injected_faults_are_detected(device, monkeypatch, fault):
+    """A fault (name, i) is the removal of the i-th __syncthreads in that function."""
     config = GPT2Config(vocab_size=70, n_positions=20, n_embd=64, n_layer=2, n_head=2)
     if isinstance(fault, tuple):
         replace_source(monkeypatch, SOURCE, without(cuda.source(SOURCE), fault[0], "__syncthreads()", fault[1]))
-    elif fault == "halves share their results":
+    elif fault == "half layers share their result buffers":
         inject_in(monkeypatch, SOURCE, FAULTS[fault], ("decode", "(half + 3) % 4 * CLUSTERS", "half % 4 * 0"))
     elif fault:
         inject_in(monkeypatch, SOURCE, FAULTS[fault])
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
-    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # at first shared memory holds the tag 2^32 - 1
+    monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # shared memory initially contains the tag 2^32 - 1
     expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
     text = [*generate(there, [5], 3, samples=2, temperature=0)]
-    # Two heads per cluster, or a cluster without heads, or two blocks with all heads, in several steps.
+    # 8 processors: two heads per cluster; 24: a cluster without heads; 2: two blocks with all heads in several steps.
     runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:
         limited(monkeypatch, model, processors=processors)
         monkeypatch.setattr(cudasim, "schedule", order)
         try:
             found = logits_of(model, tokens, 3)[0]
-            likeliest = [*KVCache(model, 2, 8).decoder.greedy(np.array([5, 5]), 0, 3, 70)]
+            greedy = [*KVCache(model, 2, 8).decoder.greedy(np.array([5, 5]), 0, 3, 70)]
         except (RuntimeError, OSError):
             caught = True
         else:
-            caught = not (distance(found, expected) < BOUNDS["float32"] and np.array_equal(likeliest, text))
+            caught = not (distance(found, expected) < BOUNDS["float32"] and np.array_equal(greedy, text))
         if caught:
             break
     assert caught == (fault is not None)

@@ -37,7 +37,7 @@ def test_the_number_of_threads_is_set():
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "1025", "100000000000000000000"])
-def test_a_number_out_of_range_gives_one_line(number, capsys):
+def test_a_number_of_threads_out_of_range_prints_one_line(number, capsys):
     with pytest.raises(SystemExit) as end:
         device_options.set_threads(parser(), parser().parse_args(["--threads", number]))
     (line,) = capsys.readouterr().err.splitlines()

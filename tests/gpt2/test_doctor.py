@@ -1,5 +1,5 @@
-"""gpt2/doctor.py on this machine and with injected faults: each fault is reported with a remedy, and none stops the
-doctor."""
+"""gpt2/doctor.py on this machine and with injected faults: each fault is reported with a remedy, and does not stop the
+other checks."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def answers(monkeypatch):
-    """answers(NAME=answer, ...): sets the results of other processes, by the name of the code that they run."""
+    """answers(NAME=answer, ...) sets the results of subprocesses, by the name of the code that they run."""
 
     def inject(**said):
         codes = {getattr(doctor, name): answer for name, answer in said.items()}
@@ -31,11 +31,11 @@ def answers(monkeypatch):
 
 
 def stand_in(folder, name, text):
-    """Write a module that is found before the installed one."""
+    """Write a module that shadows the installed one."""
     (folder / f"{name}.py").write_text(text)
 
 
-# Nothing raises, nothing hangs ---------------------------------------------------------------------------------------
+# Probes that raise or hang -------------------------------------------------------------------------------------------
 
 
 def raises():
@@ -47,7 +47,7 @@ def test_a_probe_that_raises_exits_or_hangs_is_a_finding():
         "raises": raises,
         "exits": lambda: sys.exit(3),
         "hangs": lambda: time.sleep(30),
-        "whole": lambda: Finding(OK, "whole"),
+        "works": lambda: Finding(OK, "fine"),
     }
     began = time.perf_counter()
     found = dict(doctor.examine(probes, seconds=0.5))
@@ -68,11 +68,11 @@ def test_a_probe_that_raises_exits_or_hangs_is_a_finding():
         ("import sys; sys.exit(4)", "exited with status 4"),
     ],
 )
-def test_an_error_in_another_process_is_one_line(code, reason):
+def test_an_error_in_a_subprocess_is_one_line(code, reason):
     assert doctor.ask(code, seconds=1) == {"error": reason}
 
 
-# The whole -----------------------------------------------------------------------------------------------------------
+# All probes together -------------------------------------------------------------------------------------------------
 
 
 def test_this_machine_can_train(capsys, gpt2_files, monkeypatch):
@@ -89,12 +89,12 @@ def test_this_machine_can_train(capsys, gpt2_files, monkeypatch):
     assert remedies == sum(verdict != OK for verdict in verdicts.values())
 
 
-def test_only_needed_parts_change_the_exit_status(capsys, monkeypatch):
+def test_only_needed_parts_affect_the_exit_status(capsys, monkeypatch):
     fine = dict.fromkeys(("python", "blas"), lambda: Finding(OK, ""))
     for finding, status, last in (
-        (Finding(WRONG, "broken", "mend it"), 0, "to train on this machine: "),
-        (Finding(OPTIONAL, "away", "get it", needed=True), 0, "to train on this machine: "),
-        (Finding(WRONG, "broken", "mend it", needed=True), 1, "fix these first: part"),
+        (Finding(WRONG, "broken", "fix it"), 0, "to train on this machine: "),
+        (Finding(OPTIONAL, "missing", "install it", needed=True), 0, "to train on this machine: "),
+        (Finding(WRONG, "broken", "fix it", needed=True), 1, "fix these first: part"),
     ):
         monkeypatch.setattr(doctor, "PROBES", {**fine, "part": lambda finding=finding: finding})
         assert doctor.main([]) == status
@@ -124,11 +124,11 @@ def test_if_python_is_too_old_nothing_else_is_checked(capsys, monkeypatch):
         "tinygrad2/machine.py",
     ],
 )
-def test_the_syntax_is_valid_in_old_pythons(file):
+def test_the_syntax_is_valid_in_python_3_8(file):
     ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
-def test_it_runs_without_any_package():
+def test_the_doctor_runs_without_any_package():
     command = [sys.executable, "-S", "-m", "gpt2.doctor"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=100)
@@ -149,7 +149,7 @@ def test_a_closed_pipe_is_not_an_error():
     assert process.wait(60) == 0
 
 
-def test_the_command_is_the_one_for_this_machine(monkeypatch, tmp_path):
+def test_the_training_command_suits_the_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     elsewhere = f"{doctor.PYTHON} {ROOT}/train.py"
     assert doctor.training_command({}) == elsewhere
@@ -174,7 +174,7 @@ def test_the_requirements_are_those_of_the_project():
     assert {"numba", "threadpoolctl", "ml_dtypes", "safetensors", "tiktoken", "tqdm"} < found.keys()
 
 
-def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path):
+def test_missing_old_and_broken_packages_are_listed(monkeypatch, tmp_path):
     stand_in(tmp_path, "safetensors", "raise ImportError('libstdc++.so.6: version not found')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     version = metadata.version
@@ -198,7 +198,7 @@ def test_a_package_that_is_missing_old_or_broken_is_named(monkeypatch, tmp_path)
 
 def test_a_blas_limited_to_one_thread_is_detected(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")  # disables MKL, if it is installed
+    monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")  # disables MKL if it is installed
     monkeypatch.setattr(machine, "cores", lambda: set(range(4)))
     finding = doctor.probe_blas()
     assert finding.verdict == WRONG
@@ -207,7 +207,7 @@ def test_a_blas_limited_to_one_thread_is_detected(monkeypatch):
     assert finding.remedy == "unset OPENBLAS_NUM_THREADS"
 
 
-def test_threads_that_are_slower_than_one_are_explained(answers):
+def test_the_report_explains_threads_that_are_slower_than_one(answers):
     openblas = {"internal_api": "openblas", "version": "1", "num_threads": 2}
     found = {"mkl": None, "speed": 5e10, "on_one_thread": 9e10, "libraries": [openblas]}
     answers(BLAS=found)
@@ -222,7 +222,7 @@ def test_threads_that_are_slower_than_one_are_explained(answers):
     ("said", "verdict", "text"),
     [
         ({"speed": 1e9, "libraries": []}, WRONG, "NumPy has no optimized BLAS library: 1 GFLOP/s"),
-        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library that threadpoolctl does not know"),
+        ({"speed": 9e11, "libraries": []}, OK, "a BLAS library that threadpoolctl does not recognize"),
         (
             {"speed": 9e11, "libraries": [], "mkl": "2026.2.0"},
             OK,
@@ -240,7 +240,7 @@ def test_a_slow_or_broken_blas_is_detected(answers, said, verdict, text):
     assert bool(finding.remedy) == (verdict != OK)
 
 
-def test_mkl_is_named_if_it_is_used(monkeypatch):
+def test_mkl_is_reported_if_it_is_used(monkeypatch):
     from tinygrad2 import blas
 
     pytest.importorskip("numba")
@@ -255,7 +255,7 @@ def test_mkl_is_named_if_it_is_used(monkeypatch):
 
 
 def test_a_setting_that_slows_openblas_down_is_detected(monkeypatch):
-    """OPENBLAS_CORETYPE selects code for a processor with fewer instructions."""
+    """OPENBLAS_CORETYPE selects code for a processor without newer instructions."""
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "")
     found = {"speed": 2e11, "libraries": [{"internal_api": "openblas", "version": "1", "num_threads": 2}]}
@@ -267,7 +267,7 @@ def test_a_setting_that_slows_openblas_down_is_detected(monkeypatch):
     monkeypatch.setattr(doctor, "ask", answer)
     finding = doctor.probe_blas()
     assert finding.verdict == WRONG
-    assert finding.text.endswith("OPENBLAS_CORETYPE=Haswell slows it down; without, it reaches 400 GFLOP/s")
+    assert finding.text.endswith("OPENBLAS_CORETYPE=Haswell slows it down; unset, it reaches 400 GFLOP/s")
     assert finding.remedy == "unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE"
     found["speed"] = 3.9e11
     assert doctor.probe_blas().verdict == OK
@@ -310,7 +310,7 @@ def test_more_threads_than_the_control_group_allows_are_detected(monkeypatch, qu
     assert (finding.verdict, finding.remedy) == ((OK, "") if threads is None else (WRONG, f"--threads {threads}"))
 
 
-def test_memory_and_the_models_that_fit(monkeypatch):
+def test_the_report_lists_models_that_fit_into_memory(monkeypatch):
     free, total = machine.memory()
     assert 0 < free <= total
     for gigabytes, verdict, text in (
@@ -340,7 +340,7 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             None,
             OPTIONAL,
             "no NVIDIA driver; CuPy is not",
-            "needed for a GPU only",
+            "needed only for a GPU",
         ),
         (
             {"error": "OSError: x"},
@@ -348,14 +348,14 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
             None,
             OPTIONAL,
             "CuPy (cupy-cuda13x) is installed",
-            "needed for a GPU only",
+            "needed only for a GPU",
         ),
         ({"error": "no answer within 60 s"}, [], None, WRONG, "the NVIDIA driver fails: no answer", "nvidia-smi"),
         ({**DRIVER_13, "status": 999}, [], None, OPTIONAL, "(CUDA 13.0) reports no GPU (status 999)", "nvidia-smi"),
         ({**DRIVER_13, "gpus": 0}, [], None, OPTIONAL, "reports no GPU (status 0)", "nvidia-smi"),
-        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver of CUDA 11.8: too old", "CUDA 12 or 13"),
-        (DRIVER_13, [], None, OPTIONAL, "2 GPUs, driver of CUDA 13.0; CuPy is not installed", "[cuda13]"),
-        ({**DRIVER_13, "version": 12040}, [], None, OPTIONAL, "driver of CUDA 12.4; CuPy is not", "[cuda12]"),
+        ({**DRIVER_13, "version": 11080}, [], None, WRONG, "driver for CUDA 11.8: too old", "CUDA 12 or 13"),
+        (DRIVER_13, [], None, OPTIONAL, "2 GPUs, driver for CUDA 13.0; CuPy is not installed", "[cuda13]"),
+        ({**DRIVER_13, "version": 12040}, [], None, OPTIONAL, "driver for CUDA 12.4; CuPy is not", "[cuda12]"),
         ({**DRIVER_13, "version": 12040}, ["cupy-cuda13x"], None, WRONG, "built for CUDA 13", "[cuda12]"),
         (DRIVER_13, ["cupy", "cupy-cuda13x"], None, WRONG, "conflict", "uninstall -y cupy cupy-cuda13x, then"),
         (
@@ -368,10 +368,10 @@ DRIVER_13 = {"version": 13000, "status": 0, "gpus": 2}
         ),
         (DRIVER_13, ["cupy-cuda13x"], {**WORKS, "right": False}, WRONG, "a matrix product is wrong", "[cuda13]"),
         (DRIVER_13, ["cupy-cuda13x"], WORKS, OK, "CuPy 14.2.0, H200, 140.0 of 150.0 GB free", ""),
-        (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver of CUDA 13.0", ""),
+        (DRIVER_13, ["cupy-cuda12x"], WORKS, OK, "2 GPUs, driver for CUDA 13.0", ""),
     ],
 )
-def test_the_gpu_the_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy, verdict, text, remedy):
+def test_findings_for_gpu_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy, verdict, text, remedy):
     answers(DRIVER=driver, CUPY=cupy)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     installed = [SimpleNamespace(metadata={"Name": name}) for name in ("numpy", *wheels)]
@@ -386,7 +386,7 @@ def test_the_gpu_the_driver_and_cupy(answers, monkeypatch, driver, wheels, cupy,
 def test_a_hidden_gpu_is_reported_as_hidden(answers, monkeypatch):
     answers(DRIVER={**DRIVER_13, "status": 100, "gpus": 0})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor.probe_gpu().remedy == "needed for a GPU only: CUDA_VISIBLE_DEVICES hides it"
+    assert doctor.probe_gpu().remedy == "needed only for a GPU: CUDA_VISIBLE_DEVICES hides it"
 
 
 LAUNCHER = """#!/bin/sh
@@ -397,7 +397,7 @@ if [ "$1" = --version ]; then echo "mpirun (Open MPI) 9.9"; exit; fi
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch, answers):
-    """launcher(action): the only mpirun on this machine, a script, with an mpi4py whose library works."""
+    """launcher(action) makes a script the only mpirun on this machine and probes MPI; mpi4py's library works."""
     monkeypatch.setattr(metadata, "version", lambda name: "4.1.2")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
     answers(LIBRARY={"library": "Open MPI v5.0.11, package: x"})
@@ -411,7 +411,7 @@ def launcher(tmp_path, monkeypatch, answers):
     return inject
 
 
-def test_an_mpirun_that_works(launcher):
+def test_a_working_mpirun(launcher):
     finding = launcher("echo 2; echo 2")
     assert (finding.verdict, finding.facts) == (OK, {"mpirun": "mpirun"})
     assert "mpi4py 4.1.2, Open MPI v5.0.11" in finding.text
@@ -431,7 +431,7 @@ def test_an_mpirun_of_another_library_is_detected(launcher, action, text):
     assert finding.remedy == "use the mpirun of Open MPI v5.0.11"
 
 
-def test_the_mpirun_next_to_python_has_precedence_over_the_path(launcher, tmp_path):
+def test_the_mpirun_next_to_python_takes_precedence_over_the_path(launcher, tmp_path):
     (tmp_path / "venv").mkdir()
     beside = tmp_path / "venv" / "mpirun"
     beside.write_text(LAUNCHER.format(action="echo 2; echo 2"))
@@ -468,7 +468,7 @@ def test_a_vocabulary_that_cannot_be_downloaded_is_reported_as_missing(monkeypat
 
 
 @pytest.mark.parametrize("name", ["TINYGRAD2_CACHE_DIR", "TIKTOKEN_CACHE_DIR", "CUPY_CACHE_DIR", "HF_HOME"])
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, name):
+def test_a_cache_that_is_not_writable_is_reported(monkeypatch, tmp_path, name):
     (tmp_path / "file").touch()
     monkeypatch.setenv(name, str(tmp_path / "file" / "cache"))
     finding = doctor.probe_folders()
@@ -477,8 +477,8 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path, name):
     assert finding.remedy == f"set {name} to writable folders"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is Linux's")
-def test_a_current_folder_that_cannot_be_written_is_needed(monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="requires /proc")
+def test_the_current_folder_must_be_writable(monkeypatch):
     monkeypatch.chdir("/proc")
     finding = doctor.probe_folders()
     assert (finding.verdict, finding.needed) == (WRONG, True)

@@ -1,4 +1,4 @@
-"""gpt2/evaluate.py: the command."""
+"""gpt2/evaluate.py: the evaluation command."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def user(folder, monkeypatch):
     return folder
 
 
-def test_command_line(user, tmp_path, capsys):
+def test_printed_and_json_figures(user, tmp_path, capsys):
     json_file = tmp_path / "figures.json"
     command = ["model", "--data", "text", "--hellaswag", "h.jsonl", "--lambada", "l.jsonl", "--json", str(json_file)]
     assert evaluate.main([*command, "--device", "cpu"]) == 0
@@ -42,7 +42,7 @@ def test_command_line(user, tmp_path, capsys):
     }
     n, accuracy = hellaswag["items"], hellaswag["acc_norm"]
     assert (n, hellaswag["cut"]) == (7, 0)
-    assert lambada["cut"] == 5  # 17 bytes are read before the word's last
+    assert lambada["cut"] == 5  # every item exceeds the context: 17 bytes precede the last byte of its word
     first, of_data, of_hellaswag, of_lambada = capsys.readouterr().out.splitlines()
     assert first == (
         f"model: {model.n_parameters():,} parameters, float32 on cpu; "
@@ -56,14 +56,15 @@ def test_command_line(user, tmp_path, capsys):
     assert f"perplexity {lambada['perplexity']:.4f} (5 items; 5 exceed the model's context" in of_lambada
 
 
-def test_the_cost_of_weights_in_bfloat16(user, tmp_path, capsys, monkeypatch):
+def test_bfloat16_weights_are_compared_with_float32(user, tmp_path, capsys, monkeypatch):
     onednn = pytest.importorskip("tinygrad2.kernels.onednn")
     json_file = tmp_path / "figures.json"
     command = ["model", "--data", "text", "--batches", "3", "--hellaswag", "h.jsonl", "--lambada", "l.jsonl"]
     assert evaluate.main([*command, "--device", "cpu", "--json", str(json_file), "--dtype", "bfloat16"]) == 0
     again = json.loads(json_file.read_text())["bfloat16"]["data"]["loss"]
     capsys.readouterr()
-    monkeypatch.setattr(onednn, "library", lambda: None)  # which rounds activations too, in products of many rows
+    # Without oneDNN, which would also round activations in products with many rows.
+    monkeypatch.setattr(onednn, "library", lambda: None)
     assert evaluate.main([*command, "--device", "cpu", "--json", str(json_file)]) == 0
     plain = json.loads(json_file.read_text())
     lines = capsys.readouterr().out.splitlines()
@@ -84,7 +85,7 @@ def test_the_cost_of_weights_in_bfloat16(user, tmp_path, capsys, monkeypatch):
     assert narrow["lambada"] != plain["lambada"]
     printed = capsys.readouterr().out.splitlines()
     assert printed[:4] == lines
-    assert printed[4] == "the same with weights in bfloat16:"
+    assert printed[4] == "with weights in bfloat16:"
     assert printed[5].startswith("data/text val: ")
     assert f"change the loss by {narrow['loss_difference']:+.6f} nats per token" in printed[-1]
     assert f"({plain['data']['loss']:.6f} before)" in printed[-1]
@@ -92,7 +93,7 @@ def test_the_cost_of_weights_in_bfloat16(user, tmp_path, capsys, monkeypatch):
     assert again == pytest.approx(narrow["data"]["loss"], rel=1e-3)
 
 
-def test_weights_in_bfloat16_are_rejected_on_a_device_before_anything_is_measured(user, capsys):
+def test_unsupported_bfloat16_weights_are_rejected_before_the_evaluation(user, capsys):
     with strict_cupy.registered():
         assert evaluate.main(["model", "--data", "text", "--device", "cuda", "--dtype", "bfloat16"]) == 1
     printed = capsys.readouterr()
@@ -101,7 +102,7 @@ def test_weights_in_bfloat16_are_rejected_on_a_device_before_anything_is_measure
     assert printed.err == f"gpt2.evaluate: error: --dtype {reason}\n"
 
 
-def test_limits(user, tmp_path):
+def test_options_limit_the_evaluation(user, tmp_path):
     json_file = tmp_path / "figures.json"
     command = [
         "model",
@@ -121,7 +122,7 @@ def test_limits(user, tmp_path):
     assert (figures["data"]["split"], figures["data"]["tokens"], figures["hellaswag"]["items"]) == ("train", 48, 3)
 
 
-def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
+def test_a_batch_that_does_not_fit_is_reported(user, monkeypatch, capsys):
     def too_much(*_):
         raise MemoryError
 
@@ -146,7 +147,7 @@ def test_too_large_a_batch_is_reported(user, monkeypatch, capsys):
         (["model", "--lambada", "none.jsonl"], 1, "none.jsonl"),
     ],
 )
-def test_errors_are_one_line(options, code, said, user, capsys):
+def test_errors_print_one_line(options, code, said, user, capsys):
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(evaluate.main(options))
     assert stop.value.code == code

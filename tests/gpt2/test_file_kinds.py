@@ -1,4 +1,4 @@
-"""gpt2/file_kinds.py: files and folders that are not models are identified in the errors of the commands."""
+"""gpt2/file_kinds.py: error messages identify files and folders that are not models."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def test_a_file_is_identified(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("kind", ["pointer.safetensors", "page.bin", "lfs.zip"])
-def test_such_a_file_in_a_model_folder(name, kind, tmp_path):
+def test_a_file_in_a_model_folder_is_identified(name, kind, tmp_path):
     random_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(FILES[kind][0])
@@ -96,7 +96,7 @@ def test_such_a_file_in_a_model_folder(name, kind, tmp_path):
     assert str(error.value).startswith(f"{tmp_path / name}: ")
 
 
-def test_models_are_not_identified_as_other_files(tmp_path):
+def test_models_are_not_mistaken_for_other_files(tmp_path):
     random_model().save_pretrained(tmp_path / "hf")
     for form in ("pt", "llmc"):
         convert.convert(tmp_path / "hf", tmp_path / form, form)
@@ -107,7 +107,7 @@ def test_models_are_not_identified_as_other_files(tmp_path):
 FOLDERS = {
     "adapter": (
         {"adapter_config.json": json.dumps({"base_model_name_or_path": "gpt2"}), "adapter_model.safetensors": "x"},
-        "an adapter (peft, LoRA) of gpt2, not a whole model; merge it",
+        "an adapter (peft, LoRA) of gpt2, not a complete model; merge it",
     ),
     "openai": ({"hparams.json": "{}", "model.ckpt.index": "x", "encoder.json": "{}"}, "a TensorFlow checkpoint"),
     "flax": ({"flax_model.msgpack": "x", "vocab.json": "{}"}, "flax_model.msgpack is a Flax model"),
@@ -149,22 +149,22 @@ def test_a_folder_is_identified(case, with_config, tmp_path, capsys):
     assert str(folder) in line
 
 
-def test_a_truncated_file_is_named_as_one(tmp_path):
+def test_a_truncated_file_is_reported_as_truncated(tmp_path):
     random_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="its last tensor does not end where the file ends; the download"):
+    with pytest.raises(ValueError, match="its last tensor does not end at the end of the file; the download"):
         GPT2.from_pretrained(tmp_path)
 
 
 def test_weights_without_a_config_are_found(tmp_path):
-    """Published sizes need no config; for other sizes the error says that it is missing."""
+    """Published sizes need no config; for other sizes, loading reports that it is missing."""
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     assert find_model(tmp_path, print) == tmp_path / "model.safetensors"
 
 
-def test_json_in_every_encoding_of_unicode_with_and_without_a_byte_order_mark(tmp_path):
+def test_json_is_read_in_every_unicode_encoding(tmp_path):
     file = tmp_path / "a.json"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"):
         file.write_text('{"a": "é"}', encoding=encoding)

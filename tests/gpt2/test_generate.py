@@ -1,4 +1,4 @@
-"""gpt2/generate.py: the key-value cache, choosing tokens, streaming text."""
+"""gpt2/generate.py: the key-value cache, token selection, and streaming text."""
 
 import dataclasses
 import itertools
@@ -18,12 +18,12 @@ def make_model(vocab_size=61, n_positions=16, scale=8.0, **sizes):
     model = GPT2(config, seed=1)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            parameter.data = parameter.data * scale  # far from uniform, so that a wrong position shows
+            parameter.data = parameter.data * scale  # far from uniform, so that a wrong position is detected
     return model
 
 
 @pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 7, 3), (15, 1)])
-def test_features_through_the_cache_equal_the_plain_ones(pieces):
+def test_features_with_the_cache_equal_those_without(pieces):
     model = make_model()
     tokens = np.random.default_rng(0).integers(0, 61, (3, 16))
     cache = KVCache(model, batch=3, capacity=16)
@@ -37,7 +37,7 @@ def test_features_through_the_cache_equal_the_plain_ones(pieces):
     assert cache.length == 16
 
 
-def test_the_cache_rejects_more_tokens_than_it_and_the_model_support():
+def test_the_cache_rejects_tokens_beyond_its_capacity_and_the_context():
     model = make_model()
     tokens = np.zeros((1, 9), dtype=np.int64)
     with no_grad():
@@ -49,7 +49,7 @@ def test_the_cache_rejects_more_tokens_than_it_and_the_model_support():
             model.features(tokens, cache=cache)
 
 
-def test_recording_through_the_cache_is_rejected():
+def test_recording_gradients_with_a_cache_is_rejected():
     model = make_model()
     with pytest.raises(RuntimeError, match="no_grad"):
         model.features(np.zeros((1, 3), dtype=np.int64), cache=KVCache(model, 1, 8))
@@ -57,14 +57,14 @@ def test_recording_through_the_cache_is_rejected():
 
 @pytest.mark.parametrize("prompt", [[3], [1, 2, 3], list(range(16)), list(range(40))])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "seed": 5}])
-def test_with_and_without_a_cache_the_text_is_the_same_also_beyond_the_context(prompt, sampling):
+def test_the_cache_does_not_change_the_text_even_beyond_the_context(prompt, sampling):
     model = make_model()
     cached = model.generate(prompt, 40, samples=2, **sampling)
     assert cached == model.generate(prompt, 40, samples=2, cache=False, **sampling)
     assert [len(row) for row in cached] == [40, 40]
 
 
-def test_beyond_the_context_the_second_half_is_processed_again():
+def test_the_second_half_of_the_context_is_reprocessed_when_it_is_full():
     model = make_model(n_positions=8)
     seen, expected = [1, 2, 3], []
     for _ in range(20):
@@ -75,12 +75,12 @@ def test_beyond_the_context_the_second_half_is_processed_again():
     assert model.generate([1, 2, 3], 20, temperature=0) == [expected]
 
 
-def test_a_context_of_one_token():
+def test_generation_with_a_context_of_one_token():
     model = make_model(n_positions=1)
     assert len(model.generate([1, 2], 3, temperature=0)[0]) == 3
 
 
-def test_the_result_depends_on_the_seed_but_not_on_the_number_of_samples():
+def test_samples_depend_on_the_seed_but_not_on_the_number_of_samples():
     model = make_model(scale=2.0)
     one, three = (model.generate([1], 30, samples=n, seed=7) for n in (1, 3))
     assert one[0] == three[0]
@@ -108,11 +108,11 @@ def test_generate_rejects_invalid_arguments():
         next(generate(model, [1], 3, samples=0))
 
 
-# Choosing
+# Token selection
 
 
 def frequencies(logits, n=20_000, **sampling):
-    draws = (np.arange(n) + 0.5) / n  # evenly spread: the frequencies are the probabilities to 1 / n
+    draws = (np.arange(n) + 0.5) / n  # evenly spaced, so that frequencies equal the probabilities up to 1 / n
     tokens = choose(np.tile(np.asarray(logits, dtype=np.float32), (n, 1)), draws, **sampling)
     return np.bincount(tokens, minlength=len(logits)) / n
 
@@ -137,18 +137,18 @@ LOGITS = np.log([0.1, 0.4, 0.2, 0.3])
         ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),
     ],
 )
-def test_choose_draws_with_the_right_probabilities(sampling, expected):
+def test_choose_draws_with_the_expected_probabilities(sampling, expected):
     np.testing.assert_allclose(frequencies(LOGITS, **sampling), expected, atol=2e-4)
 
 
-def test_choose_never_takes_a_token_of_probability_zero():
+def test_choose_never_draws_a_token_with_probability_zero():
     logits = np.array([[-np.inf, 0.0, -np.inf, 0.0]])
     for draw in (0.0, 0.5, np.nextafter(1.0, 0.0)):
         assert choose(logits, np.array([draw]))[0] in (1, 3)
 
 
 def by_definition(logits, draw, top_k=None, top_p=None):
-    """Sorts the whole vocabulary, which would be too slow for every token."""
+    """Choose a token by sorting the entire vocabulary, which would be too slow for generation."""
     order = np.argsort(-logits, kind="stable")
     if top_k is not None:
         order = order[logits[order] >= logits[order[top_k - 1]]]
@@ -160,19 +160,19 @@ def by_definition(logits, draw, top_k=None, top_p=None):
     return order[np.searchsorted(np.cumsum(p), draw, side="right")]
 
 
-@pytest.mark.parametrize("spread", [0.01, 1, 10])  # from almost uniform, which needs half of the vocabulary
+@pytest.mark.parametrize("spread", [0.01, 1, 10])  # 0.01 is almost uniform: half of the vocabulary is needed
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.5}], ids=str)
-def test_choose_sorts_no_more_than_necessary(spread, sampling):
+def test_choose_equals_its_definition(spread, sampling):
     R = np.random.default_rng(0)
     logits = (spread * R.standard_normal((20, 5000))).astype(np.float32)
-    logits[::2] = np.round(logits[::2], 1)  # many ties, in which the smaller id comes first
+    logits[::2] = np.round(logits[::2], 1)  # many ties; the smaller id comes first
     draws = R.random(20)
     expected = [by_definition(*row, **sampling) for row in zip(logits, draws, strict=True)]
     assert choose(logits, draws, **sampling).tolist() == expected
 
 
 def by_sorting(logits, draw, temperature, top_k=None, top_p=None):
-    """choose for one row, by sorting the whole vocabulary, with the same exponentials."""
+    """An implementation of choose for one row that sorts the entire vocabulary and uses the same exponentials."""
     scaled = ((logits - logits.max()) / np.float64(temperature)).astype(logits.dtype)
     if top_k is not None and top_k < len(logits):
         order = np.argsort(-logits, kind="stable")
@@ -191,8 +191,8 @@ def by_sorting(logits, draw, temperature, top_k=None, top_p=None):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("size", [1, 2, 7, 1009, 50257])
 def test_choose_equals_sorting_the_vocabulary(seed, size):
-    """Random logits of any spread, with ties and -inf, and random options. (The sizes are prime: otherwise a sum of
-    equal probabilities could equal top_p, and the rounding of the sums would decide.)"""
+    """Random logits of different spreads, with ties and -inf, and random options. (Most sizes are prime: otherwise a
+    sum of equal probabilities could equal top_p, and rounding would determine the result.)"""
     R = np.random.default_rng([seed, size])
     logits = (R.choice([0, 1e-6, 1e-3, 0.3, 1, 3, 10, 100]) * R.standard_normal(size)).astype(R.choice(["f", "d"]))
     if seed % 3 == 0:
@@ -210,7 +210,7 @@ def test_choose_equals_sorting_the_vocabulary(seed, size):
                 found = choose(np.tile(logits, (3, 1)), np.array(draws), temperature, top_k, top_p)
                 assert found.tolist() == expected, (temperature, top_k, top_p)
                 if size == 50257 and top_k not in (None, 50):
-                    break  # (sorting takes long)
+                    break  # (sorting is slow)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_choose_rejects_parameters_out_of_range(bad):
 
 
 class Scripted:
-    """A model with logits that make each sample generate a given text, byte by byte."""
+    """A model whose logits make each sample generate a given text, byte by byte."""
 
     def __init__(self, *texts):
         from tinygrad2 import Tensor
@@ -254,13 +254,13 @@ def streamed(*texts, stop=(), max_tokens=100):
     return ["".join(piece for i, piece in pieces if i == row) for row in range(len(texts))], pieces
 
 
-def test_text_streams_character_by_character_and_ends_at_end_of_text():
+def test_text_is_streamed_by_characters_and_ends_at_end_of_text():
     texts, pieces = streamed("né€😀!")
     assert texts == ["né€😀!"]
     assert pieces == [(0, c) for c in "né€😀!"]
 
 
-def test_a_character_cut_off_by_the_end_is_replaced():
+def test_an_incomplete_character_at_the_end_is_replaced():
     assert streamed("a€", max_tokens=2)[0] == ["a\ufffd"]
     assert streamed([97, 0xE2, 256])[0] == ["a\ufffd"]
 
@@ -275,11 +275,11 @@ def test_a_character_cut_off_by_the_end_is_replaced():
         ("abcabd", ["abd", "zz"], "abc"),
         ("x END y", ["y", " END"], "x"),
         ("né€", ["€"], "né"),
-        ("xabcdy", ["abcd", "bc"], "xa"),  # complete first
-        ("xabcy", ["bc", "abc"], "x"),  # complete at once: the longer one
+        ("xabcdy", ["abcd", "bc"], "xa"),  # the one that is complete first
+        ("xabcy", ["bc", "abc"], "x"),  # both are complete at once: the longer one
     ],
 )
-def test_stop_strings_end_the_text_before_them(text, stop, expected):
+def test_text_ends_before_a_stop_string(text, stop, expected):
     assert streamed(text, stop=stop)[0] == [expected]
 
 
@@ -295,7 +295,7 @@ def character_by_character(text, stop):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_token_boundaries_do_not_affect_where_a_text_ends(seed):
-    """Tokens of several letters, compared with reading character by character."""
+    """Streaming tokens of several letters, compared with a search character by character."""
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(list("abc"), 12))
     stop = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
@@ -313,7 +313,7 @@ def test_token_boundaries_do_not_affect_where_a_text_ends(seed):
     assert "".join(piece for _, piece in pieces) == character_by_character(text, stop)
 
 
-def test_text_that_may_begin_a_stop_string_is_held_back():
+def test_text_that_may_start_a_stop_string_is_delayed():
     _, pieces = streamed("a\nb\n\nc", stop=["\n\n"])
     assert pieces == [(0, "a"), (0, "\nb")]
 
@@ -322,7 +322,7 @@ def test_each_sample_ends_at_its_own_token():
     assert streamed("first", "2", "third.x", stop=[".x"])[0] == ["first", "2", "third"]
 
 
-def test_several_ids_end_a_text():
+def test_any_of_several_end_ids_ends_a_text():
     model = make_model()
     free = complete(model, [1, 2, 3], 12, samples=2, seed=4)
     ends = (free[0][5], free[1][3])
@@ -344,7 +344,7 @@ class Ends:
     begin, end_ids = 5, (6, 7)
 
 
-def test_the_ids_of_the_model_take_precedence_over_the_tokenizers():
+def test_ids_of_the_model_take_precedence_over_those_of_the_tokenizer():
     model = make_model()
     assert (begin_id(model, Ends), end_ids(model, Ends)) == (5, (6, 7))
     model.config = dataclasses.replace(model.config, bos_token_id=0, eos_token_id=(1, 2))

@@ -1,4 +1,4 @@
-"""On a real GPU: results agree with the CPU's, and two runs are bit-identical. `pytest -m gpu`; otherwise skipped."""
+"""Tests on a real GPU (`pytest -m gpu`): results agree with the CPU's, and two runs are bit-identical."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,38 +19,38 @@ pytestmark = pytest.mark.gpu
 
 NANO = replace(GPT2Config.preset("nano"), embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
 SMALL = replace(NANO, n_layer=2)
-WIDE = GPT2Config(n_layer=2)  # the layers, the heads and the vocabulary of the published 124M model
+WIDE = GPT2Config(n_layer=2)  # the width, heads and vocabulary of the published 124M model
 TEXT = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8).astype(np.int64)
 
 
-lost: list[str] = []  # the test that lost the GPU; after a kernel fault the process cannot use it
+lost: list[str] = []  # the test that lost the GPU: after a kernel fault, its process can no longer use it
 
 
 @pytest.fixture(autouse=True)
 def cuda(request):
     if lost:
-        pytest.exit(f"{lost[0]} lost the GPU", returncode=2)  # tests/benchmarks/gpu.py then runs the others
+        pytest.exit(f"{lost[0]} lost the GPU", returncode=2)  # tests/benchmarks/gpu.py then runs the remaining tests
     try:
         backend = get_backend("cuda")
     except ValueError as error:
         pytest.skip(str(error))
     yield backend
     try:
-        backend.np.cuda.get_current_stream().synchronize()  # so that a fault is reported for the test that launched it
+        backend.np.cuda.get_current_stream().synchronize()  # so that the test that caused a fault reports it
     except Exception:
         lost.append(request.node.name)
         raise
 
 
 def batch(step, rows, length, scale=1):
-    """Windows of this file's bytes. `scale` spreads them over a larger vocabulary."""
+    """Windows of this file's bytes; `scale` spreads the ids over a larger vocabulary."""
     starts = np.random.default_rng(step).integers(len(TEXT) - length - 1, size=rows)
     windows = scale * TEXT[starts[:, None] + np.arange(length + 1)]
     return windows[:, :-1], windows[:, 1:]
 
 
 def distance(a, b):
-    """|a - b| / |b|, summed in float64."""
+    """|a - b| / |b|, computed in float64."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
@@ -62,7 +62,7 @@ def needs(backend, precision):
 
 
 def train(place, steps, precision="float32"):
-    """The losses of a training run, and its model."""
+    """Train for some steps. Returns (loss, gradient norm) per step, and the model."""
     model = GPT2(SMALL, device=place, dtype=precision)
     optimizer = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     fetched = []
@@ -75,7 +75,7 @@ def train(place, steps, precision="float32"):
     return np.array([fetch.get() for fetch in fetched]), model
 
 
-# Bounds on the difference from float32 on the CPU: logits, loss, one parameter's gradient, all gradients together.
+# Bounds on the difference from float32 on the CPU: for logits, loss, the gradient of a parameter, and all gradients.
 BOUNDS = {
     "float32": (1e-4, 1e-5, 1e-4, 1e-4),
     "tf32": (1e-2, 1e-3, 3e-2, 1e-2),
@@ -87,14 +87,14 @@ BOUNDS = {
     ("config", "rows", "length", "scale"), [(NANO, 4, 64, 1), (WIDE, 1, 200, 199)], ids=["nano", "124M wide"]
 )
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_logits_loss_and_every_gradient_equal_the_cpus(cuda, precision, config, rows, length, scale):
+def test_logits_loss_and_gradients_agree_with_the_cpu(cuda, precision, config, rows, length, scale):
     needs(cuda, precision)
     logits_bound, loss_bound, gradient_bound, all_bound = BOUNDS[precision]
     tokens, targets = batch(0, rows, length, scale)
     results = {}
     for place in ("cpu", "cuda"):
         model = GPT2(config, device=place, dtype=precision if place == "cuda" else "float32")
-        loss = model.loss(tokens, targets, Key(0, 1))  # with dropout, whose masks are the same
+        loss = model.loss(tokens, targets, Key(0, 1))  # with dropout; the masks are the same
         loss.backward()
         gradients = {name: p.backend.to_host(p.grad).copy() for name, p in model.named_parameters()}
         results[place] = model(tokens).numpy(), loss.item(), gradients
@@ -107,14 +107,14 @@ def test_logits_loss_and_every_gradient_equal_the_cpus(cuda, precision, config, 
     assert distance(*everything) < all_bound
 
 
-def test_a_hundred_steps_follow_the_cpu():
+def test_losses_of_100_steps_agree_with_the_cpu():
     there, _ = train("cpu", 100)
     here, _ = train("cuda", 100)
-    assert there[-1, 0] < 0.8 * there[0, 0]  # it learns
+    assert there[-1, 0] < 0.8 * there[0, 0]  # the model learns
     np.testing.assert_allclose(here[:, 0], there[:, 0], rtol=1e-3)
 
 
-def test_two_hundred_steps_in_bfloat16_follow_the_cpu_in_float32(cuda):
+def test_losses_of_200_steps_in_bfloat16_agree_with_float32_on_the_cpu(cuda):
     needs(cuda, "bfloat16")
     there, _ = train("cpu", 200)
     here, _ = train("cuda", 200, "bfloat16")
@@ -123,7 +123,7 @@ def test_two_hundred_steps_in_bfloat16_follow_the_cpu_in_float32(cuda):
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_two_runs_give_the_same_bits(cuda, precision):
+def test_two_runs_are_bit_identical(cuda, precision):
     needs(cuda, precision)
     (first, a), (second, b) = train("cuda", 10, precision), train("cuda", 10, precision)
     np.testing.assert_array_equal(first, second)
@@ -138,7 +138,7 @@ def test_a_step_does_not_wait_for_the_gpu():
     optimizer = optim.AdamW(model)
     for step in range(3):
         tokens, targets = batch(step, 4, 64)
-        with cupyx.allow_synchronize(step == 0):  # the first step may wait, while it compiles
+        with cupyx.allow_synchronize(step == 0):  # the first step may wait, because it compiles
             model.loss(tokens, targets, Key(0, step)).backward()
             optimizer.step(max_norm=1.0)
             optimizer.zero_grad()
@@ -149,7 +149,7 @@ KEY = Key(7, step=3, first_sample=5, site=2)
 
 
 class Draw:
-    """Draws kernel arguments. Activations are drawn in bfloat16, so that rounding them to bfloat16 changes nothing;
+    """Draws the arguments of kernels. Activations are bfloat16 values, so that rounding them to bfloat16 is exact;
     statistics and parameter gradients are float32."""
 
     def __init__(self):
@@ -166,13 +166,13 @@ class Draw:
 
 
 def normalized(draw, x):
-    """An add_layernorm's weight, and the statistics of x."""
+    """A LayerNorm weight, and the mean and reciprocal standard deviation of x."""
     _, mean, rstd = reference.layernorm_forward(x.astype(np.float64), 1.0, 0.0, 1e-5)
     return draw.wide(C), mean.astype(np.float32), rstd.astype(np.float32)
 
 
 def attended(draw, key):
-    """The arguments of attention's backward pass."""
+    """The arguments of attention_backward."""
     qkv = draw.real(B, T, 3 * C)
     out, lse = reference.attention_forward(qkv.astype(np.float64), H, 0.1, key)
     return draw.real(B, T, C), qkv, out.astype(bfloat16), lse.astype(np.float32), H, 0.1, key
@@ -185,14 +185,14 @@ def adamw(draw):
 
 
 def head(draw):
-    """The arguments of the output layer's backward pass."""
+    """The arguments of lm_head_backward."""
     x, weight, targets = draw.real(B, T, C), draw.real(V, C, scale=0.05), draw.ids(B, T)
     _, dlogits = reference.lm_head_forward(x.astype(np.float64), weight.astype(np.float64), targets)
     return np.array(0.5, np.float32), dlogits.astype(bfloat16), x, weight, draw.wide(V, C)
 
 
 X, WIDTH = (B, T, C), (C, 3 * C)
-KERNELS = {  # name: the arguments, and which of them the kernel changes
+KERNELS = {  # name: (function that draws the arguments, positions of those that the kernel changes)
     "linear_forward": (lambda d: (d.real(*X), d.real(*WIDTH, scale=0.05), d.real(3 * C)), ()),
     "linear_backward": (
         lambda d: (d.real(B, T, 3 * C), d.real(*X), d.real(*WIDTH, scale=0.05), d.wide(*WIDTH), d.wide(3 * C)),
@@ -258,7 +258,7 @@ def test_every_kernel_agrees_with_the_cpu(cuda, case, precision, bound):
         assert found.shape == true.shape
         error = distance(found, true)
         limit = 1e-2 if found.dtype == bfloat16 else bound
-        assert error < limit, f"result {i} is {error:.1e} from the CPU's"
+        assert error < limit, f"result {i} differs from the CPU's by {error:.1e}, relative"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -266,7 +266,7 @@ def test_gradients_in_float64(case):
     assert case.error(device="cuda") <= case.bound
 
 
-def test_every_gradient_of_a_small_model_in_float64():
+def test_gradients_of_a_small_model_in_float64():
     errors = verify.gradient_errors(verify.small_model("gelu_new", device="cuda"))
     assert max(errors.values()) < verify.BOUND
 
@@ -288,7 +288,7 @@ def test_uploads_are_complete(cuda):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nccl_accepts_the_calls(cuda, dtype):
-    """A single rank, whose sums change nothing; but computations before and after are ordered."""
+    """With a single rank, sums change nothing, but computations before and after them must be ordered."""
     if (nccl := cuda.cuda.nccl()) is None:
         pytest.skip("NCCL is not installed")
     sums = NcclComm(cuda, nccl, 0, 1, nccl.get_unique_id())
@@ -303,7 +303,7 @@ def test_nccl_accepts_the_calls(cuda, dtype):
     np.testing.assert_array_equal(cuda.to_host(values), np.full(1 << 20, 2.0**21 - 2))
 
 
-def test_memory_is_counted(cuda):
+def test_free_memory_includes_cached_blocks(cuda):
     pool = cuda.np.get_default_memory_pool()
     pool.free_all_blocks()
     free, total = cuda.memory()
@@ -315,13 +315,13 @@ def test_memory_is_counted(cuda):
     assert cuda.memory()[0] > free - (1 << 27)
 
 
-# Generation comes last: its blocks wait for each other, so a fault could hang the GPU.
+# Generation comes last: the blocks of its kernel wait for each other, so a fault could hang the GPU.
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("texts", [1, 5])
-def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
-    """A whole context, with the messages of thousands of half layers."""
+def test_decoding_in_one_launch_agrees_with_the_cpu(cuda, precision, bound, texts):
+    """Decodes a full context, in which blocks exchange messages in more than a thousand half layers."""
     needs(cuda, precision)
     config = replace(WIDE, n_positions=256)
     tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)
@@ -338,9 +338,9 @@ def test_a_token_in_one_launch_equals_the_cpus(cuda, precision, bound, texts):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 50, "seed": 1, "samples": 3}])
 @pytest.mark.parametrize("decode", ["ordinary", "fused"])
-def test_generation_gives_the_cpus_tokens(sampling, decode):
+def test_generated_tokens_equal_those_on_the_cpu(sampling, decode):
     _, model = train("cpu", 10)
-    there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # past the context
+    there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # beyond the context
     model.to("cuda")
     set_decode(model, decode)
     assert model.generate(TEXT[:20].tolist(), 100, **sampling) == there

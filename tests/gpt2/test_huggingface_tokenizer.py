@@ -1,5 +1,5 @@
-"""gpt2/huggingface_tokenizer.py: ids from tokenizers and tiktoken, added tokens from all files, settings that change
-ids, begin and end ids."""
+"""gpt2/huggingface_tokenizer.py: tokenization with tokenizers and with tiktoken, added tokens from all files, settings
+that change ids, and BOS and EOS ids."""
 
 import json
 import random
@@ -40,15 +40,15 @@ SIZE = 256 + len(MERGES) + 1  # the size of the vocabulary, including <|endoftex
 
 
 @pytest.fixture(params=[pytest.param("tokenizers", marks=pytest.mark.extras("tokenizers")), "tiktoken"])
-def way(request, monkeypatch):
-    """Tokenization with the package tokenizers, and without."""
+def implementation(request, monkeypatch):
+    """Tokenize with the package tokenizers, and with tiktoken."""
     if request.param == "tiktoken":
         monkeypatch.setitem(sys.modules, "tokenizers", None)
     return request.param
 
 
 def random_texts(count, seed=0):
-    """Strings of letters, whitespace, control characters, marks, symbols, emoji, other scripts and added tokens."""
+    """Strings of letters of many scripts, whitespace, control characters, marks, symbols, emoji and added tokens."""
     rng = random.Random(seed)
     ranges = [
         (0x20, 0x7F), (0x00, 0x20), (0x7F, 0x100), (0x300, 0x370), (0x400, 0x500), (0x5D0, 0x600), (0x900, 0x980),
@@ -77,7 +77,7 @@ def with_user_token(folder):
 
 @needs_library
 @pytest.mark.parametrize("which", ["small", "gpt2"])
-def test_both_ways_give_the_same_ids_on_2000_random_texts(which, tmp_path, gpt2_files, monkeypatch):
+def test_both_implementations_give_the_same_ids_for_2000_random_texts(which, tmp_path, gpt2_files, monkeypatch):
     if which == "small":
         folder = with_user_token(tmp_path)
         write_vocabulary(folder)
@@ -112,7 +112,7 @@ def test_prompt_ids_equal_those_of_transformers(folder):
         assert ours.encode_prompt(text).tolist() == theirs.encode(text), repr(text)
 
 
-def test_a_lone_surrogate(folder, way):
+def test_a_lone_surrogate_is_replaced(folder, implementation):
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode_prompt("a\ud800b")) == "a\ufffdb"
@@ -131,7 +131,7 @@ def by_decoder(folder):
 
 
 def by_name(folder):
-    """A special token without an id gets the next id, as in transformers."""
+    """A special token without an id gets the next free id, as in transformers."""
     write_json(folder / "special_tokens_map.json", {"pad_token": {"content": "<|user|>", "lstrip": False}})
 
 
@@ -144,7 +144,7 @@ def by_dictionary(folder):
 
 
 def by_document(folder):
-    """Only in tokenizer.json, next to the other two files."""
+    """The token is only in tokenizer.json, next to the other two files."""
     document = read_files(folder).library_document()
     document["added_tokens"].append({"id": SIZE, "content": "<|user|>", "special": False})
     write_json(folder / "tokenizer.json", document)
@@ -154,7 +154,7 @@ PLACES = [by_added_tokens, by_decoder, by_name, by_list, by_dictionary, by_docum
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_an_added_token_is_one_token_in_a_prompt_and_plain_text_in_data(place, folder, way):
+def test_an_added_token_is_one_token_in_a_prompt_and_plain_text_in_data(place, folder, implementation):
     plain = Tokenizer.load(folder)
     place(folder)
     tokenizer = Tokenizer.load(folder)
@@ -171,7 +171,7 @@ def test_an_added_token_is_one_token_in_a_prompt_and_plain_text_in_data(place, f
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_added_tokens_are_saved(place, folder, tmp_path, way):
+def test_added_tokens_are_saved(place, folder, tmp_path, implementation):
     place(folder)
     before = Tokenizer.load(folder)
     before.save(tmp_path / "saved")
@@ -185,8 +185,8 @@ def test_added_tokens_are_saved(place, folder, tmp_path, way):
         assert found.encode_prompt("a<|user|>b").tolist() == before.encode_prompt("a<|user|>b").tolist()
 
 
-def test_special_tokens_before_the_bytes(tmp_path, way):
-    """The order in which tokenizer trainers place them."""
+def test_special_tokens_before_the_bytes(tmp_path, implementation):
+    """Trainers of tokenizers use this order."""
     vocab = write_vocabulary(tmp_path, first=("<|endoftext|>", "<pad>"), last=())
     write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<|endoftext|>", "pad_token": "<pad>"})
     tokenizer = Tokenizer.load(tmp_path)
@@ -194,8 +194,8 @@ def test_special_tokens_before_the_bytes(tmp_path, way):
     assert tokenizer.encode_prompt("<pad>hell").tolist() == [1, vocab["hell"]]
 
 
-def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
-    """A padding token that was added to the tokenizer but has no row in the model."""
+def test_tokens_that_a_model_does_not_have_are_dropped(folder, implementation):
+    """For example, a padding token that was added to the tokenizer, but has no row in the model's embedding."""
     by_name(folder)
     tokenizer = Tokenizer.for_model(folder, SIZE)
     assert tokenizer.vocab_size == SIZE
@@ -213,18 +213,18 @@ def test_tokens_that_a_model_does_not_have_are_dropped(folder, way):
         ({"<|user|>": 1 << 40}, r"<\|user\|> has the id 1099511627776; expected its id in the vocabulary"),
         ({"<|user|>": "x"}, r"<\|user\|> has the id x; expected its id in the vocabulary"),
         ({"<|user|>": SIZE, "<|bot|>": SIZE}, rf"<\|bot\|> has the id {SIZE}; expected its id in the vocabulary"),
-        ({"": SIZE}, "expected some text"),
+        ({"": SIZE}, "expected a string"),
         ([], "added_tokens.json: expected a JSON object"),
     ],
 )
-def test_invalid_added_tokens(values, message, folder, way):
+def test_invalid_added_tokens_are_rejected(values, message, folder, implementation):
     write_json(folder / "added_tokens.json", values)
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(folder)
     assert "\n" not in str(error.value)
 
 
-def test_a_gap_among_the_ids_is_never_sampled(folder, monkeypatch):
+def test_gaps_in_the_ids_are_unused_ids(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     write_json(folder / "added_tokens.json", {"<|user|>": SIZE + 3})
     tokenizer = Tokenizer.load(folder)
@@ -260,7 +260,7 @@ def change(folder, name, changes):
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), SETTINGS)
-def test_without_the_library_such_a_setting_is_rejected(name, changes, message, folder, monkeypatch):
+def test_a_setting_that_needs_the_library_is_rejected_without_it(name, changes, message, folder, monkeypatch):
     change(folder, name, changes)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=message + '.* pip install -e ".*tokenizers') as error:
@@ -271,7 +271,7 @@ def test_without_the_library_such_a_setting_is_rejected(name, changes, message, 
 
 @needs_library
 @pytest.mark.parametrize(("name", "changes", "message"), SETTINGS)
-def test_with_the_library_it_is_computed_and_saved(name, changes, message, folder, tmp_path):
+def test_a_setting_that_needs_the_library_is_applied_and_saved_with_it(name, changes, message, folder, tmp_path):
     plain = Tokenizer.load(folder)
     change(folder, name, changes)
     tokenizer = Tokenizer.load(folder)
@@ -298,14 +298,14 @@ def test_a_prefix_space_is_added_before_a_text_but_not_before_its_parts(folder):
 
 
 @needs_library
-def test_a_begin_token_is_put_before_prompts_only(folder):
+def test_a_bos_token_is_added_only_to_prompts(folder):
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True})
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.encode_prompt("he").tolist() == [tokenizer.begin, *tokenizer.encode("he").tolist()]
     assert len(tokenizer.encode("he")) == 1
 
 
-def test_other_kinds_of_prefix_spaces():
+def test_settings_of_prefix_spaces_in_other_components():
     metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}
     assert with_prefix_space({"type": "Sequence", "pretokenizers": [metaspace]}, False)["pretokenizers"] == [
         {**metaspace, "prepend_scheme": "never", "add_prefix_space": False}
@@ -316,7 +316,7 @@ def test_other_kinds_of_prefix_spaces():
 
 @needs_library
 def test_word_pieces(tmp_path):
-    """Not byte-level: a vocabulary of word pieces, as in Chinese GPT-2 models."""
+    """The vocabulary is not byte-level, but consists of word pieces, as in Chinese GPT-2 models."""
     import tokenizers
 
     words = ["[UNK]", "[CLS]", "[SEP]", "hello", "world", "wor", "##ld", "你", "好"]
@@ -339,7 +339,7 @@ def test_word_pieces(tmp_path):
 
 @needs_library
 @pytest.mark.parametrize("document", ['{"model": {"vocab": {}}}', '{"model": {"type": "BPE", "vocab": {"a": "x"}}}'])
-def test_a_document_that_the_library_cannot_read_is_one_line(document, tmp_path):
+def test_a_document_that_the_library_cannot_read_is_a_one_line_error(document, tmp_path):
     (tmp_path / "tokenizer.json").write_text(document)
     with pytest.raises(ValueError, match=r"^tokenizer .*tokenizer.json: ") as error:
         Tokenizer.load(tmp_path)
@@ -347,20 +347,20 @@ def test_a_document_that_the_library_cannot_read_is_one_line(document, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "RobertaTokenizerFast", "LlamaTokenizer"])
-def test_a_class_that_splits_text_differently_needs_its_document(name, folder, way):
+def test_a_class_that_splits_text_differently_needs_tokenizer_json(name, folder, implementation):
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": name})
     with pytest.raises(ValueError, match=f"tokenizer_class is '{name}'; expected GPT2Tokenizer, or the file tokenizer"):
         Tokenizer.load(folder)
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", None])
-def test_a_class_that_splits_text_as_gpt2_does_needs_none(name, folder, way):
+def test_a_class_that_splits_text_like_gpt2_does_not_need_tokenizer_json(name, folder, implementation):
     expected = Tokenizer.load(folder)
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": name})
     assert Tokenizer.load(folder).fingerprint == expected.fingerprint
 
 
-# Begin and end ids
+# BOS and EOS ids
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_a_class_that_splits_text_as_gpt2_does_needs_none(name, folder, way):
         (None, None, {"eos_token": {"content": "<|user|>"}, "bos_token": "<|user|>"}, (SIZE, (SIZE,))),
     ],
 )
-def test_begin_and_end_ids(generation, config, special, expected, folder, way, tmp_path):
+def test_bos_and_eos_ids(generation, config, special, expected, folder, implementation, tmp_path):
     by_added_tokens(folder)
     for name, values in (("generation_config", generation), ("config", config), ("special_tokens_map", special)):
         if values is not None:
@@ -390,7 +390,7 @@ def test_begin_and_end_ids(generation, config, special, expected, folder, way, t
 # Other files
 
 
-def test_openais_names(tmp_path, way):
+def test_openais_file_names(tmp_path, implementation):
     write_vocabulary(tmp_path / "openai", names=("encoder.json", "vocab.bpe"))
     write_vocabulary(tmp_path / "hf")
     ours, expected = Tokenizer.load(tmp_path / "openai"), Tokenizer.load(tmp_path / "hf")
@@ -399,7 +399,7 @@ def test_openais_names(tmp_path, way):
     assert Tokenizer.for_model(tmp_path / "openai", SIZE).name == "openai"
 
 
-def test_a_byte_order_mark_is_not_an_error(folder, way):
+def test_a_byte_order_mark_is_ignored(folder, implementation):
     by_added_tokens(folder)
     by_name(folder)
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|user|>"})
@@ -411,13 +411,13 @@ def test_a_byte_order_mark_is_not_an_error(folder, way):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
-def test_a_git_lfs_pointer_is_identified(name, folder, way):
+def test_a_git_lfs_pointer_is_identified(name, folder, implementation):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
     with pytest.raises(ValueError, match=f"{name}: it is a Git LFS pointer"):
         Tokenizer.load(folder)
 
 
-def test_nanogpt_characters(tmp_path):
+def test_character_vocabularies_of_nanogpt(tmp_path):
     import pickle
 
     characters = ["\n", " ", "a", "b", "é"]
@@ -438,7 +438,7 @@ def test_nanogpt_characters(tmp_path):
 
 
 @pytest.mark.parametrize("itos", [{}, {0: "ab"}, {0: "a", 1: "a"}, {1: "a"}, {0: 3}, None])
-def test_a_meta_pkl_without_characters(itos, tmp_path):
+def test_a_meta_pkl_without_characters_is_rejected(itos, tmp_path):
     import pickle
 
     (tmp_path / CHARACTERS_FILE).write_bytes(pickle.dumps({"itos": itos}))
@@ -446,7 +446,7 @@ def test_a_meta_pkl_without_characters(itos, tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_a_saved_tokenizer_that_was_edited(folder, tmp_path):
+def test_an_invalid_edit_of_a_saved_tokenizer_is_rejected(folder, tmp_path):
     by_added_tokens(folder)
     Tokenizer.load(folder).save(tmp_path)
     saved = json.loads((tmp_path / VOCABULARY_FILE).read_text())
@@ -457,7 +457,7 @@ def test_a_saved_tokenizer_that_was_edited(folder, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1 << 31, 1 << 40, -5])
-def test_an_id_far_beyond_the_others_takes_no_memory(number, folder, way):
+def test_an_id_far_out_of_range_is_rejected_without_allocating_memory(number, folder, implementation):
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     write_json(folder / "vocab.json", vocab | {"he": number})
     with pytest.raises(ValueError, match=r"^tokenizer ") as error:
@@ -473,8 +473,8 @@ def test_an_id_far_beyond_the_others_takes_no_memory(number, folder, way):
     ],
 )
 @needs_library
-def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_rejected(folder, change, message):
-    """The package tokenizers leaves a byte without a token out of a text."""
+def test_a_vocabulary_that_cannot_decode_its_own_ids_is_rejected(folder, change, message):
+    """The package tokenizers would silently drop a byte that has no token."""
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     change(vocab)
     write_json(folder / "vocab.json", vocab)
@@ -484,7 +484,7 @@ def test_a_vocabulary_that_does_not_decode_what_it_encodes_is_rejected(folder, c
     assert str(error.value).startswith(f"tokenizer {folder}")
 
 
-def test_more_merges_than_a_vocabulary_can_have(folder, way):
+def test_more_merges_than_a_vocabulary_can_have_are_rejected(folder, implementation):
     (folder / "merges.txt").write_text("h e\n" * 10_000)
     with pytest.raises(ValueError, match=r"merges\.txt: 10,000 merges for 266 tokens; expected at most 4,176"):
         Tokenizer.load(folder)

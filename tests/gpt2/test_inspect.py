@@ -30,13 +30,13 @@ def folder(model, tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    """(status, lines on stdout, lines on stderr)."""
+    """Run the command. Returns (status, lines on stdout, lines on stderr)."""
     status = inspect.main([str(argument) for argument in arguments])
     said = capsys.readouterr()
     return status, said.out.splitlines(), said.err.splitlines()
 
 
-def test_it_prints_a_summary_and_the_path_of_the_page(folder, tmp_path, capsys):
+def test_a_summary_and_the_path_of_the_page_are_printed(folder, tmp_path, capsys):
     out = tmp_path / "page.html"
     status, lines, errors = run(capsys, "-p", TEXT, "--checkpoint", folder, "--out", out)
     assert (status, errors) == (0, [])
@@ -49,7 +49,7 @@ def test_it_prints_a_summary_and_the_path_of_the_page(folder, tmp_path, capsys):
     assert (data["text"], data["prompt"]) == (TEXT, len(TEXT))
 
 
-def test_it_generates_what_generate_does(folder, model, tokenizer, tmp_path, capsys):
+def test_generated_tokens_equal_those_of_generate(folder, model, tokenizer, tmp_path, capsys):
     out = tmp_path / "page.html"
     arguments = ("--checkpoint", folder, "--out", out, "--seed", 3, "-t", 0.5)
     assert run(capsys, "-p", "ab", "-m", 12, *arguments)[0] == 0
@@ -60,7 +60,7 @@ def test_it_generates_what_generate_does(folder, model, tokenizer, tmp_path, cap
 
 
 @pytest.mark.parametrize("prompt", [(), ("-p", "")])
-def test_without_a_prompt_the_model_generates_one(folder, tmp_path, capsys, prompt):
+def test_the_model_generates_a_text_if_there_is_no_prompt(folder, tmp_path, capsys, prompt):
     status, _, errors = run(capsys, *prompt, "--checkpoint", folder, "--out", tmp_path / "page.html")
     data = data_of(tmp_path / "page.html")
     assert (status, data["prompt"]) == (0, 0)
@@ -69,7 +69,7 @@ def test_without_a_prompt_the_model_generates_one(folder, tmp_path, capsys, prom
 
 
 @pytest.mark.parametrize("text", ["a", "ab", "\n", "\x00", "é", "a" * 128, "a" * 129])
-def test_short_and_strange_texts_have_a_page(folder, tmp_path, capsys, text):
+def test_pages_of_short_and_unusual_texts(folder, tmp_path, capsys, text):
     status, lines, errors = run(capsys, "-p", text, "--checkpoint", folder, "--out", tmp_path / "page.html")
     assert (status, errors) == (0, [])
     assert lines[1].startswith(f"{len(text.encode())} token")
@@ -77,7 +77,7 @@ def test_short_and_strange_texts_have_a_page(folder, tmp_path, capsys, text):
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "word " * 20_000, HOSTILE * 1000])
-def test_the_end_of_a_text_beyond_the_context_is_used(folder, tmp_path, capsys, text):
+def test_the_page_of_an_overlong_text_shows_its_end(folder, tmp_path, capsys, text):
     status, _, errors = run(capsys, "-p", text, "--checkpoint", folder, "--out", tmp_path / "page.html")
     assert status == 0
     assert errors == [f"the text has {len(text):,} tokens; the page shows the last 160, the model's context"]
@@ -104,7 +104,7 @@ def test_the_end_of_a_text_beyond_the_context_is_used(folder, tmp_path, capsys, 
         (["-p", "a"], 1, "no trained model in checkpoint/ or out/"),
     ],
 )
-def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
+def test_errors_print_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("no model at all")
     (tmp_path / "llama").mkdir()
@@ -129,7 +129,7 @@ def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, m
         ("ln_f.weight", 3e38, "inspect: the model's logits are not finite numbers"),
     ],
 )
-def test_damaged_weights_are_named(tmp_path, capsys, name, value, message):
+def test_the_error_for_damaged_weights_names_them(tmp_path, capsys, name, value, message):
     model = made()
     parameter = dict(model.named_parameters())[name]
     values = parameter.numpy().copy()
@@ -145,7 +145,7 @@ def test_damaged_weights_are_named(tmp_path, capsys, name, value, message):
 
 
 @pytest.mark.slow
-def test_1024_tokens_of_12_layers_of_12_heads_take_less_than_8_mb(gpt2_files, tmp_path, capsys):
+def test_the_page_of_1024_tokens_with_12_layers_and_heads_is_smaller_than_8_mb(gpt2_files, tmp_path, capsys):
     config = GPT2Config(n_layer=12, n_head=12, n_embd=48, n_positions=1024, vocab_size=50257)
     made(config).save_pretrained(tmp_path)
     text = " ".join(str(i * i) for i in range(1000))

@@ -1,4 +1,4 @@
-"""The measurements of the inspector, and its page in a real browser."""
+"""The figures that the inspector computes, and its page in a real browser."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def softmax(logits):
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def test_surprise_rank_choices_and_bits_per_byte_follow_from_the_logits(data, model, tokenizer):
+def test_surprise_ranks_choices_and_bits_per_byte_agree_with_the_logits(data, model, tokenizer):
     tokens = tokenizer.encode(TEXT).astype(np.int64)
     p = softmax(model(tokens[None]).numpy()[0])
     own = p[np.arange(len(tokens) - 1), tokens[1:]]
@@ -60,7 +60,7 @@ def test_surprise_rank_choices_and_bits_per_byte_follow_from_the_logits(data, mo
     assert np.allclose(np.take_along_axis(p, ids.astype(int), 1), chances, rtol=1e-5)
 
 
-def test_the_lens_applies_the_output_layer_to_the_stream_of_every_layer(data, model, tokenizer):
+def test_the_logit_lens_applies_the_output_layer_to_the_residual_stream_of_every_layer(data, model, tokenizer):
     found = model.trace(tokenizer.encode(TEXT))
     weight, bias = (getattr(model.ln_f, name).numpy() for name in ("weight", "bias"))
     ids, chances = (inspection.unpacked(data["lens"][name]) for name in ("ids", "p"))
@@ -73,7 +73,7 @@ def test_the_lens_applies_the_output_layer_to_the_stream_of_every_layer(data, mo
     assert np.array_equal(ids[-1], inspection.unpacked(data["choices"]["ids"])[:, 0])
 
 
-def test_attention_up_to_128_tokens_is_exact_with_the_mean_of_the_heads_last(data, model, tokenizer):
+def test_attention_is_stored_exactly_up_to_128_tokens_followed_by_the_mean_over_heads(data, model, tokenizer):
     found, T = model.trace(tokenizer.encode(TEXT)), len(TEXT)
     stored = inspection.unpacked(data["attention"]["weights"])
     assert data["attention"]["exact"]
@@ -84,7 +84,7 @@ def test_attention_up_to_128_tokens_is_exact_with_the_mean_of_the_heads_last(dat
         assert np.allclose(stored[layer, 3], expected.mean(0), atol=1e-7)
 
 
-def test_sizes_and_neighbours(data, model, tokenizer):
+def test_rms_sizes_and_nearest_neighbours(data, model, tokenizer):
     found = model.trace(tokenizer.encode(TEXT))
     sizes = {name: inspection.unpacked(value) for name, value in data["sizes"].items()}
     assert sizes["stream"][2, 5] == pytest.approx(math.sqrt((found.stream[5].astype(float) ** 2).mean()), rel=1e-6)
@@ -97,7 +97,7 @@ def test_sizes_and_neighbours(data, model, tokenizer):
     assert [value for _, value in data["neighbours"]["98"]] == pytest.approx(cosine[best], abs=1e-4)
 
 
-def test_for_a_longer_text_the_strongest_links_and_an_overview_are_kept():
+def test_the_strongest_links_and_an_overview_are_stored_for_a_longer_text():
     rng = np.random.default_rng(0)
     T = 150
     weights = np.tril(rng.random((2, T, T)).astype(np.float32) ** 20)
@@ -114,7 +114,7 @@ def test_for_a_longer_text_the_strongest_links_and_an_overview_are_kept():
     assert np.abs(overview.sum(-1) - 255).max() <= 32  # each of the 64 groups is rounded
 
 
-def test_a_head_is_labelled_with_the_pattern_that_it_follows(tokenizer):
+def test_heads_are_labelled_with_the_patterns_that_they_follow(tokenizer):
     text = "one two one two one two three"
     tokens = tokenizer.encode(text).astype(np.int64)
     T = len(tokens)
@@ -162,7 +162,8 @@ def test_words_of_several_tokens_are_found(data, tokenizer):
 
 
 def test_the_probability_of_a_word_includes_its_end(data, model, tokenizer):
-    """Computed from the whole text each time, without a cache. No one-letter or greedy word is missed."""
+    """The expected probabilities are computed from the complete text, without a cache. The beam search must find at
+    least the best one-letter word."""
     start = 10
     letters = {i for i in range(256) if (chr(i).isascii() and chr(i).isalnum()) or chr(i) == "_" or i >= 128}
     ends = [i for i in range(257) if i not in letters]
@@ -190,7 +191,7 @@ def test_the_probability_of_a_word_includes_its_end(data, model, tokenizer):
     assert found[0][0] >= probability([best]) * (1 - 1e-4)
 
 
-def test_words_in_gpt2_tokens(gpt2_files):
+def test_words_and_labels_of_gpt2_tokens(gpt2_files):
     vocabulary = inspection.Vocabulary(Tokenizer.load("gpt2"), 50304)
     tokens = vocabulary.tokenizer.encode(" tokenizers the\u202e\n").astype(np.int64)
     assert [vocabulary.label(int(i)) for i in tokens][:2] == [" token", "izers"]
@@ -202,7 +203,7 @@ def test_words_in_gpt2_tokens(gpt2_files):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_the_numbers_on_the_page_equal_transformers(tmp_path, tokenizer):
+def test_figures_on_the_page_agree_with_transformers(tmp_path, tokenizer):
     import torch
     import transformers
 
@@ -236,7 +237,7 @@ def relative(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def test_on_a_device_the_results_are_the_same(data, folder, tokenizer):
+def test_results_on_a_device_equal_those_on_the_cpu(data, folder, tokenizer):
     with strict_cupy.registered():
         model = GPT2.from_pretrained(folder, device="cuda")
         found = inspection.inspect(model, tokenizer, tokenizer.encode(TEXT).tolist(), len(TEXT), "a model")
@@ -260,7 +261,7 @@ def test_words_at_the_end_of_the_context(tokenizer):
 
 @pytest.fixture(scope="module")
 def pages(model, tokenizer, tmp_path_factory):
-    """Pages for an ordinary text, malicious ones, one token, and more than 128 tokens."""
+    """Pages for an ordinary text, malicious and unusual texts, a single token, and more than 128 tokens."""
     path = tmp_path_factory.mktemp("pages")
     texts = {
         "usual": TEXT,
@@ -280,7 +281,7 @@ def pages(model, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["usual", "hostile", "strange", "one", "long"])
-def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, pages, name, width, scheme):
+def test_pages_open_without_errors_requests_or_horizontal_scrolling(browser, pages, name, width, scheme):
     page, said, asked = opened(browser, pages[name], width, scheme)
     assert said == []
     assert asked == [pages[name].as_uri()]
@@ -295,13 +296,13 @@ def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, pages, 
 
 
 @pytest.mark.extras("playwright")
-def test_tokens_are_shown_with_their_surprise_and_what_was_expected(browser, pages, data):
+def test_tokens_are_shown_with_their_surprise_and_expected_tokens(browser, pages, data):
     page, said, _ = opened(browser, pages["usual"], 1280)
     tokens = page.locator('[data-part="text"] .token')
     assert tokens.count() == len(TEXT)
     assert "".join(tokens.all_text_contents()) == TEXT
     at = int(np.argmax([0, *data["surprise"][1:]]))
-    assert tokens.nth(at).get_attribute("aria-selected") == "true"  # the most surprising one, at first
+    assert tokens.nth(at).get_attribute("aria-selected") == "true"  # the most surprising token is initially selected
     shade = "all => all.map(e => parseFloat(e.style.getPropertyValue('--s')))"
     found = page.eval_on_selector_all('[data-part="text"] .token', shade)
     assert found == pytest.approx([min(1, (bits or 0) / 10) for bits in data["surprise"]], abs=1e-4)
@@ -320,11 +321,11 @@ def test_tokens_are_shown_with_their_surprise_and_what_was_expected(browser, pag
     assert panel.locator("h3").text_content() == "Token 5: “e”"
     titles = panel.locator("h4").all_text_contents()
     if data["words"]["3"]["begins"] >= 0.5:
-        assert titles[0] == "Expected here, a whole word (the text has “be”)"
+        assert titles[0] == "Expected word (the text has “be”)"
     else:
         assert titles[-1].startswith("Expected words where “be” begins")
     tokens.nth(0).click()
-    assert "nothing before it" in panel.text_content()
+    assert "no tokens before it" in panel.text_content()
     assert said == []
 
 
@@ -348,7 +349,7 @@ def test_a_selected_head_is_enlarged_described_and_drawn_as_arcs(browser, pages,
     described = page.locator('[data-part="head"]').text_content()
     kind = data["attention"]["heads"][1][2]["kind"]
     assert (data["patterns"].get(kind, ["spreads"])[0]).lower() in described.lower()
-    # the map itself: a pixel is as opaque as its weight is large, and what lies ahead is the same everywhere
+    # The opacity of a pixel grows with its weight; all pixels of later keys, which are masked, have the same opacity.
     pixel = "c => [...c.getContext('2d').getImageData({0}, {1}, 1, 1).data][3]"
     canvas = page.locator(".large canvas")
     for query, key in ((8, best), (8, 3), (18, 18)):
@@ -360,11 +361,11 @@ def test_a_selected_head_is_enlarged_described_and_drawn_as_arcs(browser, pages,
     assert f"(token {best + 1}):" in page.locator(".readout").text_content()
     maps.nth(4 + 3).click()
     assert page.locator('[data-part="head"] h3').text_content() == "Layer 2, mean over the heads"
-    assert [line for line in said if "willReadFrequently" not in line] == []  # (that is because the test reads pixels)
+    assert [line for line in said if "willReadFrequently" not in line] == []  # (this test reads pixels)
 
 
 @pytest.mark.extras("playwright")
-def test_heads_are_sorted_by_what_they_do(browser, pages, data):
+def test_heads_are_sorted_by_the_selected_pattern(browser, pages, data):
     page, said, _ = opened(browser, pages["usual"], 1280)
     page.get_by_label("Order").select_option("previous")
     found = page.locator(".maps .hint").all_text_contents()
@@ -378,7 +379,7 @@ def test_heads_are_sorted_by_what_they_do(browser, pages, data):
 
 
 @pytest.mark.extras("playwright")
-def test_everything_is_accessible_by_keyboard(browser, pages):
+def test_all_controls_are_accessible_by_keyboard(browser, pages):
     page, said, _ = opened(browser, pages["usual"], 1280)
     reached = []
     for _ in range(12):
@@ -402,7 +403,7 @@ def test_everything_is_accessible_by_keyboard(browser, pages):
 
 
 @pytest.mark.extras("playwright")
-def test_the_lens_shows_the_prediction_of_every_layer(browser, pages, data):
+def test_the_logit_lens_shows_the_prediction_of_every_layer(browser, pages, data):
     page, said, _ = opened(browser, pages["usual"], 1280)
     ids = inspection.unpacked(data["lens"]["ids"])
     rows = page.locator(".lens tbody tr")
@@ -415,16 +416,16 @@ def test_the_lens_shows_the_prediction_of_every_layer(browser, pages, data):
         page.locator(".lens thead td, .lens thead th:not(.row)").nth(t).click()
         label = data["labels"][str(predicted[2, t])].replace(" ", "␣")
         hint = page.locator('[data-part="lens-text"]').text_content()
-        assert hint.startswith(f"After “{TEXT[t].replace(' ', '␣')}” (token {t + 1}) the model predicts “{label}” (")
+        assert hint.startswith(f"After “{TEXT[t].replace(' ', '␣')}” (token {t + 1}), the model predicts “{label}” (")
         since = 2 if predicted[1, t] != predicted[2, t] else 1 if predicted[0, t] != predicted[2, t] else 0
-        assert ("Layer 1 would say", "since layer 1", "since the embedding")[2 - since] in hint
+        assert ("Layer 1 would predict", "from layer 1 on", "from the embedding on")[2 - since] in hint
     assert page.locator(".chips span.mono").count() == 8
     assert page.locator(".chart polyline").count() == 6
     assert said == []
 
 
 @pytest.mark.extras("playwright")
-def test_the_page_of_a_long_text_says_that_weights_are_omitted(browser, pages):
+def test_the_page_of_a_long_text_states_that_weights_are_omitted(browser, pages):
     page, said, _ = opened(browser, pages["long"], 1280)
     assert "the 8 largest weights" in page.locator('[data-part="maps-note"]').text_content()
     assert "128 of 144" in page.locator('[data-part="lens-text"]').text_content()
@@ -435,7 +436,7 @@ def test_the_page_of_a_long_text_says_that_weights_are_omitted(browser, pages):
 
 
 @pytest.mark.extras("playwright")
-def test_the_maps_follow_the_colours_of_the_page(browser, pages):
+def test_attention_maps_use_the_colours_of_the_page(browser, pages):
     page, said, _ = opened(browser, pages["usual"], 1280, "light")
     pixel = "c => [...c.getContext('2d').getImageData(0, 0, 1, 1).data].slice(0, 3)"
     light = page.locator(".map canvas").first.evaluate(pixel), page.locator(".large canvas").evaluate(pixel)
@@ -449,7 +450,7 @@ def test_the_maps_follow_the_colours_of_the_page(browser, pages):
 
 @pytest.mark.extras("playwright")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_logit_lens_starts_at_the_left_with_whole_names(browser, pages, width):
+def test_the_logit_lens_starts_at_the_left_with_complete_labels(browser, pages, width):
     page, _, _ = opened(browser, pages["usual"], width)
     lens = page.locator('[data-part="lens"]')
     assert lens.evaluate("box => box.scrollLeft") == 0
@@ -465,14 +466,14 @@ def test_the_logit_lens_starts_at_the_left_with_whole_names(browser, pages, widt
     ("text", "title"),
     [("a\n b", "a b"), ("word " * 12, "word " * 11 + "word"), ("words " * 12, "words " * 9 + "words\u2026")],
 )
-def test_a_title_that_is_cut_ends_in_dots(text, title):
+def test_a_truncated_title_ends_with_an_ellipsis(text, title):
     found = re.search("<title>Inside the model: (.*)</title>", inspection.inspector_page({"text": text}))
     assert found[1] == title
 
 
 @pytest.mark.extras("playwright")
-def test_other_data_replaces_what_is_shown(browser, pages):
-    """Some pages show one text after another."""
+def test_new_data_replaces_the_shown_data(browser, pages):
+    """The web page of gpt2.serve shows one text after another."""
     page, said, _ = opened(browser, pages["usual"], 1280)
     other = data_of(pages["one"])
     page.evaluate("data => inspector(document.querySelector('.inspector'), data)", other)

@@ -26,7 +26,7 @@ sys.exit(3)
 
 @pytest.fixture
 def handler():
-    """Restores the SIGINT handler after a test; processes started by tests get the default."""
+    """Set Python's default SIGINT handler, which child processes inherit, and restore the old one after the test."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -34,7 +34,7 @@ def handler():
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """Start a command that gets a Ctrl-C while it imports its first modules."""
+    """A function that runs a command, which receives SIGINT while it imports its first modules."""
     for name in ("argparse", "numpy"):
         (tmp_path / f"{name}.py").write_text(CTRL_C)
     path = os.pathsep.join((str(tmp_path), str(ROOT)))

@@ -1,4 +1,4 @@
-"""gpt2/language_model.py: a model with another architecture trains, is evaluated, and generates."""
+"""gpt2/language_model.py: a model with another architecture can be trained and evaluated, and generates text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from gpt2 import GPT2Config
 from gpt2.generate import generate
+from gpt2.language_model import LanguageModel
 from gpt2.training.dataset import TokenDataset
 from gpt2.training.evaluation import evaluate_data
 from gpt2.training.options import resolve_options
@@ -26,7 +27,7 @@ class BigramConfig:
 
 
 class Bigram(nn.Module):
-    """A bigram model: the logits depend only on the last token, so there is nothing to cache."""
+    """A bigram model: the logits depend only on the last token, so it needs no cache."""
 
     activations = "float32"
 
@@ -50,10 +51,7 @@ class Bigram(nn.Module):
     def loss(self, tokens, targets, key=None):
         return ops.cross_entropy(self.head(self.features(tokens)), targets)
 
-    def backward(self, tokens, targets, key=None, dloss=1.0):
-        loss = self.loss(tokens, targets, key)
-        loss.backward(dloss)
-        return loss.data
+    backward = LanguageModel.backward
 
     def cache_shapes(self, batch, capacity):
         return []
@@ -61,7 +59,7 @@ class Bigram(nn.Module):
 
 @pytest.fixture
 def trained(workspace):
-    """A Bigram after 60 steps, and the rows that were logged."""
+    """The trainer of a Bigram after 60 steps, and the logged rows."""
     train, validation = (TokenDataset.open(Path("data/text"), split) for split in ("train", "val"))
     tokenizer = train.tokenizer()
     given = {
@@ -84,7 +82,7 @@ def trained(workspace):
     return trainer, rows
 
 
-def test_it_is_trained_and_evaluated(trained):
+def test_a_bigram_model_is_trained_and_evaluated(trained):
     trainer, rows = trained
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert rows[0]["loss"] == pytest.approx(np.log(257), abs=0.3)
@@ -96,7 +94,7 @@ def test_it_is_trained_and_evaluated(trained):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_it_generates(trained, cache):
+def test_a_bigram_model_generates_text(trained, cache):
     model = trained[0].model
     with no_grad():
         follows = model.head(model.features(np.arange(257)[None])).numpy()[0].argmax(-1)

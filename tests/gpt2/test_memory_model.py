@@ -1,4 +1,4 @@
-"""gpt2/memory_model.py: the planned memory of a step is what it allocates."""
+"""gpt2/memory_model.py: the planned memory of a step equals the memory that it allocates."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ FLAT = {"vocab_size": 8000, "n_positions": 512, "n_embd": 192, "n_layer": 1, "n_
 
 
 def train_steps(step, device="cpu", count=2):
-    """Train some steps; afterwards tracemalloc's peak is that of the last."""
+    """Train for `count` steps; tracemalloc's peak is then that of the last step."""
     model = GPT2(step.config, 0, device, step.precision, step.recompute, step.head_rows)
     optimizer = build_optimizer(model, resolve_options({"optimizer": step.optimizer}, step.config), SoloComm())
     tokens, targets = np.random.default_rng(0).integers(
@@ -49,7 +49,7 @@ def train_steps(step, device="cpu", count=2):
 
 
 def allocated(step, device="cpu"):
-    """The largest number of bytes that two steps have allocated at a time."""
+    """The peak number of bytes that a step allocates, in addition to memory that existed before."""
     train_steps(step, device, 1)  # compiles the kernels
     memory.memory_pool.trim()
     tracemalloc.start()
@@ -78,7 +78,9 @@ def allocated(step, device="cpu"):
         ),
     ],
 )
-def test_a_step_on_the_cpu_allocates_what_is_planned(sizes, recompute, head_rows, rate, optimizer, dtype, set_threads):
+def test_a_step_on_the_cpu_allocates_the_planned_memory(
+    sizes, recompute, head_rows, rate, optimizer, dtype, set_threads
+):
     if reason := get_backend("cpu").slow_reason(dtype):
         pytest.skip(reason)
     set_threads(2)
@@ -106,12 +108,12 @@ print(peak_memory())
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("recompute", ["none", "block"])
-def test_a_process_takes_what_is_planned(recompute):
-    """The memory of the process includes Python and the libraries, as the operating system reports it."""
+def test_a_process_uses_the_planned_memory(recompute):
+    """The memory of the process, as reported by the operating system, includes Python and the libraries."""
     sizes = {"vocab_size": 20_000, "n_positions": 128, "n_embd": 384, "n_layer": 6, "n_head": 6}
     given = {"config": sizes, "batch_size": 16, "block_size": 128, "recompute": recompute}
     command = [sys.executable, "-c", PROCESS, json.dumps(given)]
-    for _ in range(2):  # the first one may compile kernels, which takes memory
+    for _ in range(2):  # the first run may compile kernels, which takes memory
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     step = Step(GPT2Config(**sizes), 16, 128, recompute=recompute, threads=2)
     assert needed(step) == pytest.approx(int(output), rel=WITHIN)
@@ -121,10 +123,11 @@ def test_a_process_takes_what_is_planned(recompute):
 @pytest.mark.parametrize(
     ("recompute", "head_rows", "rate"), [("none", None, 0), ("none", 300, 0.1), ("block", 300, 0.1)]
 )
-def test_a_step_on_a_gpu_allocates_what_is_planned(recompute, head_rows, rate, cublaslt, monkeypatch):
-    """bfloat16, with the CUDA launchers, on the stand-in for CuPy. It has no pool: the live arrays are counted."""
+def test_a_step_on_a_gpu_allocates_the_planned_memory(recompute, head_rows, rate, cublaslt, monkeypatch):
+    """Uses bfloat16 and the CUDA launchers on the stand-in for CuPy. The stand-in has no memory pool, so live arrays
+    are counted."""
     monkeypatch.setattr(gemm, "WORKSPACE", 1 << 20)
-    monkeypatch.setattr(memory_model, "WORKSPACE", 0)  # it exists before the measurement
+    monkeypatch.setattr(memory_model, "WORKSPACE", 0)  # allocated before the measurement
     sizes = config(rate, vocab_size=1000, n_positions=64, n_embd=128, n_layer=3, n_head=2)
     step = Step(sizes, 16, 64, Precision.of("bfloat16"), recompute, head_rows, cuda=True)
     with strict_cupy.registered(plain=False):
@@ -132,7 +135,7 @@ def test_a_step_on_a_gpu_allocates_what_is_planned(recompute, head_rows, rate, c
     assert needed(step) - step_memory(step)["libraries"] == pytest.approx(found, rel=WITHIN)
 
 
-def test_the_state_of_124m():
+def test_state_of_the_124m_model():
     P, bfloat16 = GPT2_124M.n_parameters, Precision.of("bfloat16")
     state = {"weights": 4 * P, "gradients": 4 * P, "moments": 8 * P}
     assert memory_model.state(Step(GPT2_124M, 1, 1024)) == state
@@ -155,7 +158,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(recompute, cuda):
     assert largest_batch(step, 1e9) == 0
 
 
-def test_the_constants_are_those_of_the_engine():
+def test_constants_equal_those_of_the_engine():
     from tinygrad2 import distributed, params, reference
     from tinygrad2.kernels import cpu, cuda
 
@@ -168,7 +171,7 @@ def test_the_constants_are_those_of_the_engine():
     assert memory_model.ALIGNED == cuda.VOCABULARY_MULTIPLE
 
 
-def test_what_a_block_recomputes():
+def test_number_of_recomputed_results_per_block():
     def of(cuda=False, **sizes):
         found = memory_model.recomputed(GPT2Config(**{**vars(GPT2_124M), **sizes}), cuda)
         return found["layernorm"], found["gelu"]
@@ -184,10 +187,10 @@ def test_what_a_block_recomputes():
     [(1024, 4, None, False, 4), (333, 4, None, False, 1), (334, 4, None, False, 2), (1024, 2, None, False, 2),
      (1024, 4, 300, False, 4), (1024, 4, 2000, False, 1), (1024, 4, None, True, 1), (1024, 4, 512, True, 2)],
 )  # fmt: skip
-def test_the_number_of_chunks_of_logits(rows, itemsize, head_rows, cuda, chunks):
+def test_number_of_chunks_of_logits(rows, itemsize, head_rows, cuda, chunks):
     config = GPT2Config(vocab_size=50304)
     assert memory_model.head_chunks(config, rows, itemsize, head_rows, cuda) == chunks
 
 
-def test_sizes_of_blocks_of_the_pool():
+def test_sizes_of_memory_pool_blocks():
     assert [pooled(n) for n in (1, 65535, 65536, 65537)] == [1, 65535, 65536, 131072]

@@ -48,7 +48,8 @@ def test_names_and_shapes_are_those_of_transformers(model):
 
 
 def test_initial_weights():
-    """normal(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases 0, gains 1, and no equal matrices."""
+    """Matrices are normal(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer); biases are 0, gains are 1. No
+    two matrices are equal."""
     config = GPT2Config(vocab_size=300, n_positions=200, n_embd=96, n_layer=3, n_head=3)
     first_numbers = set()
     for name, parameter in GPT2(config).named_parameters():
@@ -79,7 +80,7 @@ def test_the_weights_depend_on_the_seed_but_not_on_the_dtype():
         assert (a.data != c.data).all() == (a.ndim == 2)
 
 
-def test_initial_loss_is_that_of_a_uniform_guess():
+def test_initial_loss_is_that_of_a_uniform_distribution():
     config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=64, n_layer=4, n_head=4)
     text = np.random.default_rng(0).integers(1000, size=(4, 65))
     assert GPT2(config).loss(text[:, :-1], text[:, 1:]).item() == pytest.approx(math.log(1000), abs=0.05)
@@ -94,7 +95,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(model, text):
     assert loss.item() == pytest.approx(ops.cross_entropy(logits, text[:, 1:]).item(), rel=1e-13)
 
 
-def test_no_position_depends_on_later_ones(model, text):
+def test_logits_do_not_depend_on_later_positions(model, text):
     changed = text.copy()
     changed[:, 5:] = (changed[:, 5:] + 1) % 29
     before, after = model(text).numpy(), model(changed).numpy()
@@ -114,13 +115,13 @@ def test_dropout_is_applied_only_with_a_key(model, text):
 def test_each_dropout_rate_has_an_effect(rate, text):
     none = dict.fromkeys(RATES, 0.0)
     model = GPT2(GPT2Config(**SIZES, **{**none, rate: 0.5}), dtype="float64")
-    for parameter in model.parameters():  # at the initial scale, attention hardly affects the loss
+    for parameter in model.parameters():  # with initial weights, attention would hardly affect the loss
         parameter.data = parameter.data * (10 if parameter.ndim == 2 else 1)
     with_key, without = (model.loss(text[:, :-1], text[:, 1:], key).item() for key in (KEY, None))
     assert abs(with_key - without) > 1e-4
 
 
-def test_every_dropout_site_draws_its_own_mask(model, text, monkeypatch):
+def test_every_dropout_site_has_its_own_key(model, text, monkeypatch):
     from tinygrad2.backend import get_backend
 
     sites, kernels = [], get_backend().kernels
@@ -133,7 +134,7 @@ def test_every_dropout_site_draws_its_own_mask(model, text, monkeypatch):
 
 
 def test_a_split_batch_has_the_same_dropout(model, text):
-    """Parts with 1 and 2 samples, weighted by their sizes, give the loss and gradients of the batch of 3."""
+    """Parts of 1 and 2 samples, weighted by their sizes, give the loss and gradients of the batch of 3."""
     tokens, targets = text[:, :-1], text[:, 1:]
     whole = model.loss(tokens, targets, KEY)
     whole.backward()
@@ -150,7 +151,7 @@ def test_a_split_batch_has_the_same_dropout(model, text):
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-11, atol=1e-15, err_msg=name)
 
 
-def test_tied_embedding_gets_the_gradients_of_both_uses(model, text):
+def test_tied_embedding_gets_the_sum_of_both_gradients(model, text):
     tokens, targets, wte = text[:, :-1], text[:, 1:], model.wte.weight
     model.loss(tokens, targets).backward()
     both = wte.grad.copy()
@@ -202,13 +203,13 @@ def test_unknown_device_and_dtype_are_rejected(name, value):
         GPT2(GPT2Config(**SIZES), **{name: value})
 
 
-def test_full_context_works(model):
+def test_a_full_context_is_accepted(model):
     with no_grad():
         assert model(np.zeros((1, 11), int)).shape == (1, 11, 29)
 
 
 def test_recomputing_blocks_is_bit_identical():
-    """The loss and every gradient, with dropout, over two micro-steps."""
+    """Compares the losses and all gradients of two micro-steps with dropout."""
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 16))
     outcomes = []
@@ -226,7 +227,7 @@ def test_recomputing_blocks_is_bit_identical():
         np.testing.assert_array_equal(outcomes[1][1][name], gradient, err_msg=name)
 
 
-def test_unknown_recompute_option():
+def test_unknown_recompute_option_is_rejected():
     with pytest.raises(ValueError, match="recompute is 'all'; choose one of none, block"):
         GPT2(GPT2Config(vocab_size=5, n_positions=4, n_embd=4, n_layer=1, n_head=1), recompute="all")
 
@@ -234,9 +235,10 @@ def test_unknown_recompute_option():
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("head_rows", [None, 64])
 @pytest.mark.parametrize(("width", "saved"), [(128, 16), (256, 14), (768, 10)])
-def test_the_arrays_that_a_layer_saves(width, saved, recompute, head_rows):
-    """Those of memory_model.py, and two of the last normalization; with recompute the two inputs of a block. Chunks of
-    logits are not kept, but the gradients of the last normalization and of the output layer."""
+def test_number_of_arrays_that_a_layer_saves(width, saved, recompute, head_rows):
+    """A block saves the arrays that memory_model.py counts, or its two inputs with recompute; the last normalization
+    saves two. Chunks of logits are not saved; instead, the gradients of the last normalization's output and of the
+    output layer's weight are."""
     config = GPT2Config(vocab_size=500, n_positions=128, n_embd=width, n_layer=2 if width > 128 else 6, n_head=4)
     model = GPT2(config, recompute=recompute, head_rows=head_rows)
     tokens, targets = np.random.default_rng(0).integers(0, 500, (2, 4, 128))
@@ -253,13 +255,15 @@ def test_the_arrays_that_a_layer_saves(width, saved, recompute, head_rows):
     tracemalloc.stop()
     loss.backward()
     array = 4 * 128 * width * 4
-    layers = 2 * config.n_layer - 1 if recompute == "block" else saved * config.n_layer  # (the first has one input)
+    # With recompute, each block saves two inputs, except for the first, which has only one.
+    layers = 2 * config.n_layer - 1 if recompute == "block" else saved * config.n_layer
     expected = (layers + 2) * array + (512 * 500 * 4 if head_rows is None else 500 * width * 4)
     assert kept == pytest.approx(expected, abs=(3 if width == 128 else 1.5) * array)
 
 
-def test_backward_is_the_backward_pass_of_the_loss(monkeypatch):
-    """The same loss and gradients to the bit, if the logits are computed in one chunk, and to rounding otherwise."""
+def test_backward_equals_the_backward_pass_of_the_loss(monkeypatch):
+    """Loss and gradients are bit-identical if the logits are computed in one chunk, and equal up to rounding
+    otherwise."""
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 32))
 
@@ -291,27 +295,35 @@ def test_backward_is_the_backward_pass_of_the_loss(monkeypatch):
         assert np.linalg.norm(chunks[1][name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
 
 
-def test_backward_is_that_of_a_loss_that_was_replaced(monkeypatch):
+class Doubling:
+    def loss(self, tokens, targets, key=None):
+        return super().loss(tokens, targets, key) * 2
+
+
+class Doubled(Doubling, GPT2):
+    """GPT2 with another loss, which a class without `backward` defines."""
+
+
+class DoubledByHand(Doubled):
+    def backward(self, tokens, targets, key=None, dloss=1.0):
+        return 2 * GPT2(self.config).backward(tokens, targets, key, dloss)
+
+
+def test_backward_uses_an_overridden_loss():
     config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 4, 32))
-    usual = GPT2.loss
-
-    class Doubled(GPT2):
-        def loss(self, tokens, targets, key=None):
-            return super().loss(tokens, targets, key) * 2
-
-    model, doubled = GPT2(config), Doubled(config)
-    loss = model.backward(tokens, targets, KEY)
-    assert doubled.backward(tokens, targets, KEY) == 2 * loss
+    model, doubled, tripled, by_hand = GPT2(config), Doubled(config), GPT2(config), DoubledByHand(config)
+    loss = model.backward(tokens, targets, KEY, 0.5)
+    assert doubled.backward(tokens, targets, KEY, 0.5) == 2 * loss
     np.testing.assert_array_equal(doubled.wpe.weight.grad, 2 * model.wpe.weight.grad)
-    doubled.loss = lambda tokens, targets, key: usual(doubled, tokens, targets, key) * 3
-    assert doubled.backward(tokens, targets, KEY) == 3 * loss
-    monkeypatch.setattr(GPT2, "loss", lambda *arguments: usual(*arguments) * 4)
-    assert model.backward(tokens, targets, KEY) == 4 * loss
+    tripled.loss = lambda tokens, targets, key: GPT2.loss(tripled, tokens, targets, key) * 3
+    assert tripled.backward(tokens, targets, KEY, 0.5) == 3 * loss
+    assert by_hand.backward(tokens, targets, KEY, 0.5) == 2 * loss
+    assert by_hand.wpe.weight.grad is None  # of the method above, not of LanguageModel
 
 
-def test_recomputed_results_give_the_same_bits(monkeypatch):
-    """In the layers of a model that is wide enough for all of them."""
+def test_recomputing_layer_results_is_bit_identical(monkeypatch):
+    """The model is wide enough that all results that can be recomputed are."""
     tokens, targets = np.random.default_rng(0).integers(0, 50, (2, 2, 40))
 
     def gradients():

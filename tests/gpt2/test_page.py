@@ -1,4 +1,4 @@
-"""A page in one file: its policy, its data, and atomic writing."""
+"""gpt2/page.py: HTML pages in one file, with their content security policy and data."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from gpt2 import page
 from tests.browsing import HOSTILE, opened
 
 
-def test_the_policy_has_the_hashes_of_the_style_and_the_script():
+def test_the_policy_contains_the_hashes_of_style_and_script():
     text = page.page("<title>", "<p>body</p>", ".own { color: red }", "let own;", {"a": 1})
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     style, script = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1], "let own;"
@@ -39,7 +39,7 @@ def test_numbers_that_json_does_not_support_are_rejected():
 
 
 @pytest.mark.extras("playwright")
-def test_the_script_finds_the_data_and_nothing_else_runs(browser, tmp_path):
+def test_the_script_reads_the_data_and_no_other_script_runs(browser, tmp_path):
     script = "document.title = JSON.parse(document.getElementById('data').textContent).text.length"
     body = '<p id="here">text</p><script>document.title = "taken"</script><img src="http://127.0.0.1:9/">'
     page.write(page.page("", body, "#here { width: 123px }", script, {"text": HOSTILE}), tmp_path / "page.html")

@@ -1,9 +1,9 @@
-"""Parity with PyTorch's GPT-2: golden files always, live comparisons if torch and transformers are installed.
+"""Parity with PyTorch's GPT-2: comparisons with golden files, and with torch and transformers if they are installed.
 
-Figures are relative: logits to the largest logit's magnitude, gradients and parameters as |a - b| / |b| over the whole
-tensor. An elementwise comparison would be meaningless where the true gradient is zero: adding a constant to every key
-shifts a row of scores by the same amount, so the gradient of the key bias (the middle third of c_attn.bias) is only
-rounding noise, and Adam turns that noise into steps of the size of the learning rate.
+Differences are relative: for logits to the largest logit's magnitude, for gradients and parameters |a - b| / |b| over
+the entire tensor. An elementwise comparison would be meaningless where the true gradient is zero: adding a constant
+vector to every key shifts all scores of a row by the same amount, so the gradient of the key bias (the middle third of
+c_attn.bias) is only rounding noise, and Adam turns that noise into steps of the size of the learning rate.
 """
 
 import json
@@ -24,7 +24,7 @@ BOUNDS = {  # upper bounds, by dtype
 
 
 def difference(ours, theirs):
-    """|ours - theirs| / |theirs|, Euclidean norms over all elements."""
+    """|ours - theirs| / |theirs|, with Euclidean norms over all elements."""
     ours, theirs = np.asarray(ours, dtype="float64"), np.asarray(theirs, dtype="float64")
     return np.linalg.norm((ours - theirs).ravel()) / np.linalg.norm(theirs.ravel())
 
@@ -37,7 +37,7 @@ def without_key_bias(name, values):
 
 
 def figures_of_step(model, tokens, targets, logits, loss, gradients):
-    """One forward and backward pass against theirs: figures for the logits, the loss and the worst gradient."""
+    """Compare one forward and backward pass. Returns the differences of the logits, the loss and the worst gradient."""
     with no_grad():
         ours = model(tokens).numpy()
     ours_loss = model.loss(tokens, targets)
@@ -52,7 +52,8 @@ def figures_of_step(model, tokens, targets, logits, loss, gradients):
 
 
 def figures_of_training(model, tokens, targets, losses, norms, max_norm, **settings):
-    """AdamW with clipping against theirs, step by step: figures for the losses and the norms before clipping."""
+    """Compare AdamW steps with clipping. Returns the largest differences of the losses and of the norms before
+    clipping."""
     optimizer = optim.AdamW(model, **settings)
     ours = []
     for _ in losses:
@@ -65,7 +66,7 @@ def figures_of_training(model, tokens, targets, losses, norms, max_norm, **setti
 
 
 def show(capsys, title, figures, bounds):
-    """Print the figures, then require each to be within its bound."""
+    """Print the figures, and assert that each is within its bound."""
     with capsys.disabled():
         print(f"\n{title}")
         for name, value in figures.items():
@@ -75,7 +76,7 @@ def show(capsys, title, figures, bounds):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_golden(activation, dtype, capsys):
+def test_results_agree_with_the_golden_files(activation, dtype, capsys):
     with safe_open(GOLDEN / activation / "expected.safetensors", framework="numpy") as file:
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         settings = json.loads(file.metadata()["optimizer"])
@@ -97,15 +98,15 @@ SMALL = {"vocab_size": 211, "n_positions": 64, "n_embd": 96, "n_layer": 3, "n_he
 PUBLISHED = {"vocab_size": 50257, "activation_function": "gelu_new"}
 
 
-# At a rate at which the model memorizes the batch, losses near 0 would be compared, and differences in the last digit
-# would grow from step to step. At these rates, ten steps change the loss, and rounding errors stay small.
+# With a higher learning rate the model would memorize the batch: the compared losses would be close to 0, and rounding
+# errors would grow from step to step. With these rates, ten steps change the loss, and rounding errors stay small.
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize(
     ("sizes", "lr"),
     [pytest.param(SMALL, 3e-4, id="small"), pytest.param(PUBLISHED, 1e-5, id="124M", marks=pytest.mark.slow)],
 )
-def test_live(sizes, lr, tmp_path, capsys):
+def test_results_agree_with_transformers(sizes, lr, tmp_path, capsys):
     from tests.gpt2.golden import make_golden as golden
 
     theirs = golden.random_model(0, **sizes)
@@ -120,7 +121,7 @@ def test_live(sizes, lr, tmp_path, capsys):
     del logits, gradients
     settings = {**golden.OPTIMIZER, "lr": lr}
     losses, norms = np.array(list(golden.adamw_steps(theirs, tokens, targets, settings))).T
-    assert norms.min() > golden.MAX_NORM  # clipping acts
+    assert norms.min() > golden.MAX_NORM  # every step is clipped
     figures |= figures_of_training(model, *ids, losses, norms, golden.MAX_NORM, **settings)
     show(capsys, f"live, {model.n_parameters():,} parameters, float32", figures, BOUNDS["float32"])
 
@@ -128,7 +129,7 @@ def test_live(sizes, lr, tmp_path, capsys):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_transformers_reads_the_saved_model(tmp_path):
-    """And computes the same logits, in the file's dtype and after a change to every weight."""
+    """transformers computes the same logits, in the dtype of the file, after a change to every weight."""
     import torch
     import transformers
 
@@ -152,15 +153,15 @@ def test_transformers_reads_the_saved_model(tmp_path):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("cache", [True, False])
-def test_greedy_tokens_are_the_same(tmp_path, cache):
-    """Over a whole context, with the key-value cache and without."""
+def test_greedy_tokens_equal_those_of_transformers(tmp_path, cache):
+    """Tokens are compared up to the full context, with and without the key-value cache."""
     import torch
     import transformers
 
     model = GPT2(GPT2Config(vocab_size=211, n_positions=48, n_embd=64, n_layer=3, n_head=4), seed=5)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            parameter.data = parameter.data * 6  # far from uniform, so that a wrong position shows
+            parameter.data = parameter.data * 6  # far from uniform, so that a wrong position is detected
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     for prompt in ([3], [7, 7, 9, 200], list(range(40))):

@@ -1,5 +1,5 @@
-"""gpt2/pickles.py: plain data is read, anything else is rejected, in little time and memory. For tensors and malicious
-files, see tests/gpt2/formats/test_torch_file.py."""
+"""gpt2/pickles.py: plain data is read, and anything else is rejected in little time and memory. See
+tests/gpt2/formats/test_torch_file.py for tensors and malicious files."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_data(file, protocol):
+def test_plain_data_is_read(file, protocol):
     meta = {
         "vocab_size": 3,
         "itos": {0: "a", 1: "é", 2: "\n"},
@@ -42,7 +42,7 @@ def text(value):
 
 
 NEST = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(34))  # 2**34 tuples
-COLLIDING = b"".join(integer((2**61 - 1) * (i + 1)) + b"N" for i in range(100_000))  # keys of equal hash
+COLLIDING = b"".join(integer((2**61 - 1) * (i + 1)) + b"N" for i in range(100_000))  # keys with equal hashes
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ COLLIDING = b"".join(integer((2**61 - 1) * (i + 1)) + b"N" for i in range(100_00
     [
         (pickle.dumps(Call(), 4), "refers to posix.system, which is not plain data"),
         (pickle.dumps({1, 2}, 2), "refers to __builtin__.set, which is not plain data"),
-        (b"\x80\x04" + NEST + text("a") + b"\x93.", "a name in it is not text"),
-        (b"\x80\x04" + text("a") + NEST + b"\x93.", "a name in it is not text"),
-        (b"\x80\x04}(" + COLLIDING + b"u.", "keys are text or small integers"),
-        (b"\x80\x04}" + integer(KEY_LIMIT) + b"Ns.", "keys are text or small integers"),
-        (b"\x80\x04}" + integer(-1) + b"Ns.", "keys are text or small integers"),
+        (b"\x80\x04" + NEST + text("a") + b"\x93.", "a name in it is not a string"),
+        (b"\x80\x04" + text("a") + NEST + b"\x93.", "a name in it is not a string"),
+        (b"\x80\x04}(" + COLLIDING + b"u.", "keys are strings or small integers"),
+        (b"\x80\x04}" + integer(KEY_LIMIT) + b"Ns.", "keys are strings or small integers"),
+        (b"\x80\x04}" + integer(-1) + b"Ns.", "keys are strings or small integers"),
         (b"\x80\x04" + NEST + b"Q.", "an object outside the pickle"),
         (b"\x80\x04}N}b.", "sets the attributes"),
         (b"\x80\x04N)R.", "makes a call"),
@@ -87,5 +87,5 @@ def test_anything_else_is_rejected(file, content, message):
         (b"\x80\x02\xff", "unknown opcode"),
     ],
 )
-def test_a_program_has_bounds(file, content, message):
+def test_size_and_nesting_of_a_pickle_are_limited(file, content, message):
     test_anything_else_is_rejected(file, content, message)

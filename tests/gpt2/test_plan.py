@@ -1,4 +1,4 @@
-"""python -m gpt2.plan: what it prints, its defaults, and its errors."""
+"""python -m gpt2.plan: its output, defaults and errors."""
 
 import json
 import math
@@ -20,7 +20,7 @@ STEP = ("--preset", "gpt2", "--device", "h200", "--dtype", "bfloat16", "--total-
 
 @pytest.fixture
 def steady_cpu(monkeypatch):
-    """A CPU of 100 GFLOP/s and 10 GB/s, without a measurement."""
+    """A CPU with 100 GFLOP/s and 10 GB/s, instead of measured rates."""
 
     def measure(step):
         rates = dict.fromkeys(cost_model.FAMILIES, Rate(1e11, 1e10))
@@ -49,7 +49,7 @@ def failed(capsys, *arguments):
     return error
 
 
-def test_the_report(capsys):
+def test_printed_report(capsys):
     text = printed(capsys, *STEP, "--ranks", "8", "--batch-size", "64")
     assert text.startswith(
         "model      124,439,808 parameters (12 layers, 12 heads, embedding size 768, context 1024)\n"
@@ -57,7 +57,7 @@ def test_the_report(capsys):
     assert "batch      524,288 tokens per step = 64 x 1,024 tokens x 1 (micro-steps) x 8 (ranks)\n" in text
     for name in ("weights", "gradients", "moments", "activations", "logits", "buffers", "libraries", "total"):
         assert re.search(rf"^  {name} +[\d.]+$", text, re.M)
-    assert re.search(r"^  available +141.000  it fits, and so does any --batch-size up to \d+$", text, re.M)
+    assert re.search(r"^  available +141.000  sufficient for any --batch-size up to \d+$", text, re.M)
     for name in ("products up", "attention backward", "layernorm forward", "cross entropy", "optimizer"):
         assert re.search(rf"^  {name} +[\d.]+ +[\d.]+% +[\d,]+ +[\d.]+ +[\d.]+$", text, re.M)
     assert re.search(r"^  communication +[\d.]+ +[\d.]+%  of [\d.]+ ms; the rest overlaps", text, re.M)
@@ -65,7 +65,7 @@ def test_the_report(capsys):
     assert re.search(r"^run        9,999,745,024 tokens = 19,073 steps: \d\d min, without", text, re.M)
 
 
-def test_the_figures_of_the_documentation(capsys):
+def test_figures_in_the_documentation_are_current(capsys):
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
     command = re.search(r"^python -m gpt2.plan (.*)$", page, re.M)[1]
     assert f"```text\n{printed(capsys, *command.split())}```\n" in page
@@ -76,7 +76,7 @@ def test_the_figures_of_the_documentation(capsys):
         assert f"| {model} | {' | '.join(cells)} | {rows[-1]['memory_total'] / 1e9:.1f} GB |\n" in page
 
 
-def test_json_has_the_same_figures(capsys):
+def test_json_figures_are_consistent(capsys):
     figures = found(capsys, *STEP, "--ranks", "8")
     assert (figures["batch_size"], figures["micro_steps"], figures["ranks"]) == (4, 16, 8)
     assert figures["memory_total"] == sum(figures["memory"].values())
@@ -89,7 +89,7 @@ def test_json_has_the_same_figures(capsys):
     assert products == pytest.approx(524_288 / 8 * PRESETS["gpt2"].flops_per_token(1024), rel=0.05)
 
 
-def test_options_have_the_defaults_of_train(capsys, steady_cpu):
+def test_options_have_the_defaults_of_train_py(capsys, steady_cpu):
     nano = found(capsys, "--device", "cpu")
     assert (nano["batch_size"], nano["block_size"], nano["step_tokens"]) == (16, 64, 1024)
     assert nano["tokens"] == 600 * 1024
@@ -103,7 +103,7 @@ def test_options_have_the_defaults_of_train(capsys, steady_cpu):
     assert {text: train[text] for text in ours.keys() - own} == {text: ours[text] for text in ours.keys() - own}
 
 
-def test_a_cpu_computes_and_runs_python_in_turn(capsys, steady_cpu):
+def test_python_overhead_does_not_overlap_on_a_cpu(capsys, steady_cpu):
     figures = found(capsys, "--device", "cpu", "--threads", "2")
     calls = sum(row["calls"] for row in figures["kernels"].values())
     assert figures["python_seconds"] == pytest.approx(1e-5 * calls)
@@ -131,22 +131,22 @@ def test_zero_recompute_and_head_rows_save_memory(capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd"])
-def test_other_optimizers(optimizer, capsys):
+def test_plans_for_other_optimizers(optimizer, capsys):
     figures = found(capsys, *STEP, "--optimizer", optimizer)
     assert ("orthogonalize" in figures["kernels"]) == (optimizer == "muon")
     assert math.isfinite(figures["hours"])
 
 
-def test_a_model_that_does_not_fit(capsys):
+def test_the_report_states_whether_the_model_fits(capsys):
     text = printed(capsys, "--preset", "gpt2-xl", "--device", "rtx-4090")
-    assert re.search(r"available +24.000  it does not fit, nor does --batch-size 1; see --recompute block", text)
+    assert re.search(r"available +24.000  too small, even for --batch-size 1; see --recompute block", text)
     text = printed(capsys, "--preset", "gpt2", "--device", "rtx-4090", "--batch-size", "512")
     assert re.search(
-        r"it does not fit; --batch-size \d+ or less does \(\d+ takes the same tokens per step in \d+ micro-s", text
+        r"too small; --batch-size \d+ or less fits \(\d+ processes the same tokens per step in \d+ micro-s", text
     )
     text = printed(capsys, *STEP, "--ranks", "8", "--batch-size", "16")
     assert re.search(
-        r"it fits, and so does any --batch-size up to \d+ \(64 takes the same .* step in 1 micro-step\)\n", text
+        r"sufficient for any --batch-size up to \d+ \(64 processes the same .* step in 1 micro-step\)\n", text
     )
 
 
@@ -159,7 +159,7 @@ def test_a_busy_machine_is_reported(capsys, steady_cpu, monkeypatch):
     assert "load average" not in printed(capsys, *STEP)
 
 
-def test_a_slower_link_and_more_machines_wait_longer(capsys):
+def test_communication_takes_longer_with_more_ranks_or_a_slower_link(capsys):
     waits = [
         found(capsys, *STEP, "--batch-size", "8", "--ranks", ranks, *link)["communication_waited_seconds"]
         for ranks, link in (("1", ()), ("8", ()), ("64", ()), ("64", ("--link", "10")))
@@ -168,7 +168,7 @@ def test_a_slower_link_and_more_machines_wait_longer(capsys):
     assert waits[0] == 0
 
 
-def test_the_gpu_of_this_machine(capsys, monkeypatch):
+def test_device_cuda_is_the_gpu_of_this_machine(capsys, monkeypatch):
     with strict_cupy.registered():
         from tinygrad2.backend import get_backend
 
@@ -188,7 +188,7 @@ def test_the_gpu_of_this_machine(capsys, monkeypatch):
         (["--preset", "gtp2"], "--preset is gtp2; expected nano, .*; did you mean gpt2?"),
         (["--device", "h200", "--ranks", "0"], "--ranks is 0; expected more than 0"),
         (["--device", "h200", "--link", "-1"], "--link is -1.0; expected more than 0"),
-        (["--device", "h200", "--dtype", "float64"], "H200 has no known peak in float64; choose one of float32, tf32"),
+        (["--device", "h200", "--dtype", "float64"], "the peak of H200 in float64 is unknown; choose one of"),
         (["--device", "cpu", "--dtype", "tf32"], "--dtype tf32 needs a GPU"),
         (
             ["--device", "h200", "--dtype", "bfloat16", "--n-embd", "60", "--n-head", "3"],
@@ -201,5 +201,5 @@ def test_the_gpu_of_this_machine(capsys, monkeypatch):
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
     ],
 )
-def test_errors_are_one_line(arguments, message, capsys):
+def test_errors_print_one_line(arguments, message, capsys):
     assert re.match(rf"gpt2.plan: error: {message}", failed(capsys, *arguments))

@@ -1,4 +1,4 @@
-"""python -m gpt2.replay: a skipped step is run again with checks, on any device and dtype."""
+"""python -m gpt2.replay: a skipped step is run again with checks, on any device and in any dtype."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def replayed(capsys, *options, code=0):
 
 @pytest.fixture
 def skipped(workspace, monkeypatch, capsys):
-    """A run whose step 2 was skipped; what it printed about it."""
+    """The lines that a run printed about its step 2, which was skipped."""
     spoil_steps(monkeypatch, 1)
     run("--max-iters", "2", "--dropout", "0.1", "--total-batch-size", "64")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -32,7 +32,7 @@ def skipped(workspace, monkeypatch, capsys):
 
 
 def inject(name, index, value):
-    """Change a weight of the stored step."""
+    """Change a weight in the stored step."""
     file = Path("out/bad-step-2/model.safetensors")
     arrays = checkpoint.load_arrays(file)
     full = next(key for key in arrays if key.endswith(name))
@@ -41,17 +41,17 @@ def inject(name, index, value):
     update_checksums(file.parent)
 
 
-def test_it_says_what_the_run_said(skipped, capsys):
+def test_replay_prints_the_same_lines_as_the_run(skipped, capsys):
     lines = replayed(capsys)
-    assert lines[0].startswith("out/bad-step-2: step 2, whose loss was ")
-    assert lines[0].endswith(" and its gradient's norm not finite; float32 on cpu")
+    assert lines[0].startswith("out/bad-step-2: step 2; its loss was ")
+    assert lines[0].endswith(", and its gradient norm not finite; float32 on cpu")
     assert lines[1:] == skipped
     assert skipped[0].startswith(f"{FIRST}spoil after h.2.mlp.c_proj, backward pass: the gradient of the result of ")
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_damaged_weight_is_named_in_any_dtype(skipped, capsys, value, dtype):
+def test_a_damaged_weight_is_reported_in_any_dtype(skipped, capsys, value, dtype):
     inject("h.1.attn.c_proj.weight", (2, 9), value)
     lines = replayed(capsys, "--dtype", dtype, "--threads", "1")
     assert lines[0].endswith(f"{dtype} on cpu")
@@ -62,7 +62,7 @@ def test_a_damaged_weight_is_named_in_any_dtype(skipped, capsys, value, dtype):
     assert lines[2] == "this suggests damaged weights: use an intact checkpoint, or convert the model again"
 
 
-def test_an_overflow_comes_from_the_first_large_value(skipped, capsys):
+def test_an_overflow_is_traced_to_the_first_large_value(skipped, capsys):
     inject("h.1.ln_1.bias", 3, 1e38)
     lines = replayed(capsys)
     large = (
@@ -73,7 +73,7 @@ def test_an_overflow_comes_from_the_first_large_value(skipped, capsys):
     assert lines[3].startswith("this suggests damaged weights")
 
 
-def test_without_the_fault_all_is_finite(skipped, capsys, monkeypatch):
+def test_all_values_are_finite_without_the_fault(skipped, capsys, monkeypatch):
     folder = Path.cwd()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -83,7 +83,7 @@ def test_without_the_fault_all_is_finite(skipped, capsys, monkeypatch):
     assert found == {"step": 2, "dtype": "float32", "device": "cpu", "found": False, "lines": lines[1:]}
 
 
-def test_a_precision_that_the_device_does_not_have(skipped, capsys):
+def test_an_unsupported_precision_is_replaced_by_float32(skipped, capsys):
     file = Path("out/bad-step-2/step.json")
     file.write_text(file.read_text().replace('"dtype": "float32"', '"dtype": "tf32"'))
     update_checksums(file.parent)
@@ -92,7 +92,7 @@ def test_a_precision_that_the_device_does_not_have(skipped, capsys):
     assert lines[1].endswith("float32 on cpu")
 
 
-def test_errors_get_one_line(skipped, capsys):
+def test_errors_print_one_line(skipped, capsys):
     for options in (["--threads", "0"], ["--json", "nowhere/x.json"]):
         with pytest.raises(SystemExit) as end:
             replayed(capsys, *options)

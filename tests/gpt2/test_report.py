@@ -1,4 +1,4 @@
-"""The report page: its contents, that no text in it is executed or fetched, and its layout in a real browser."""
+"""The report page: its contents, its safety (no text in it is executed or fetched), and its layout in a browser."""
 
 import html.parser
 import itertools
@@ -17,7 +17,7 @@ VOID = {"meta", "link", "input"}
 
 
 def make_run(out, steps=300, evaluate=50, tokens=512, **start):
-    """An out-dir like that of train.py."""
+    """Write an out-dir like that of train.py."""
     out.mkdir(parents=True)
     rows = []
     for step in range(1, steps + 1):
@@ -44,7 +44,7 @@ def write_rows(file, rows):
 
 
 class Reader(html.parser.HTMLParser):
-    """Parses a page: its elements, their text, and whether all of them are closed."""
+    """Parses a page into elements and their texts, and asserts that all elements are closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -95,13 +95,13 @@ def test_the_page_shows_the_run(tmp_path):
     }
 
 
-def test_nats_per_token_are_related_to_bits_per_byte(tmp_path):
+def test_the_page_converts_nats_per_token_to_bits_per_byte(tmp_path):
     text = report.report_page(report.Run.load(make_run(tmp_path / "out", data={"bytes per token": 4.0})))
     assert "so 1 nat per token is 1 / (4 ln\u00a02) = 0.3607 bits per byte." in text
     assert "1 nat per token" not in report.report_page(report.Run.load(make_run(tmp_path / "unknown")))
 
 
-def test_options_are_shown_as_they_are_typed_in_the_groups_of_help(tmp_path):
+def test_options_are_shown_as_command_line_flags_in_groups(tmp_path):
     options = {"max_iters": 300, "profile": True, "zero": False, "seed": 7, "init": None, "of_another_version": "x"}
     page = page_of(make_run(tmp_path / "out", options=options))
     titles = [title for title in page.texts["h3"] if title.startswith("Options: ")]
@@ -113,7 +113,7 @@ def test_options_are_shown_as_they_are_typed_in_the_groups_of_help(tmp_path):
     assert [found["class"] for tag, found in page.found if tag == "tr" and found.get("class")] == ["given"]
 
 
-def test_everything_in_a_run_is_shown_as_text(tmp_path):
+def test_all_text_in_a_run_is_escaped(tmp_path):
     out = make_run(tmp_path / HOSTILE[:3].replace("/", "") / "<b>", given={"data": HOSTILE}, options={HOSTILE: HOSTILE})
     write_rows(
         out / SAMPLES, [{"step": 1, "text": HOSTILE}, {"step": 2, "text": "lone \ud800, \u202e, \x00"}, {"step": 3}]
@@ -134,7 +134,7 @@ def test_everything_in_a_run_is_shown_as_text(tmp_path):
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<script>") == 1
 
 
-def test_values_that_cannot_be_drawn_are_left_out(tmp_path):
+def test_values_that_cannot_be_plotted_are_omitted(tmp_path):
     out = make_run(tmp_path / "out", steps=3, evaluate=1)
     strange = [math.nan, math.inf, None, "text", True, [1], 10**400, -1e308]
     rows = [
@@ -150,7 +150,7 @@ def test_values_that_cannot_be_drawn_are_left_out(tmp_path):
     assert len(page_of(out).of_class("line")) == 2  # linear and logarithmic
 
 
-def test_a_run_without_a_step_has_a_page(tmp_path):
+def test_a_run_without_steps_has_a_page(tmp_path):
     out = make_run(tmp_path / "out", steps=0)
     (out / SAMPLES).unlink()
     (out / STARTS).unlink()
@@ -187,7 +187,7 @@ def test_the_table_contains_the_plotted_values():
     ("low", "high"),
     [(0.0, 1.0), (1.4, 5.6), (3e-5, 3e-3), (1, 19_073), (2.30, 2.31), (-3, 8), (1e9, 1e12), (1e-90, 1e90)],
 )
-def test_ticks_are_few_round_and_inside(low, high, log):
+def test_ticks_are_few_distinct_and_within_the_axis(low, high, log):
     axis = report.Axis.over([low, high], log)
     assert axis.log == (log and low > 0)
     found = report.ticks(axis.low, axis.high, axis.log)
@@ -218,7 +218,7 @@ def test_an_axis_for_a_single_value_has_a_margin(value, log):
         (2.5e-7, "2.50e-07", "2.5e-7"),
     ],
 )
-def test_numbers_for_reading_and_for_axes(value, text, brief):
+def test_numbers_are_formatted_for_text_and_for_axes(value, text, brief):
     assert (report.number(value), report.short(value)) == (text, brief)
 
 
@@ -244,7 +244,7 @@ def test_runs_with_different_step_sizes_are_compared_over_tokens(tmp_path):
     assert {text for text in page.texts["span"] if text in ("step", "tokens")} == {"tokens"}
 
 
-def test_a_run_keeps_its_colour_where_another_has_no_values(tmp_path):
+def test_a_run_keeps_its_colour_if_another_run_has_no_values(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     write_rows(
         a / LOG, [{key: value for key, value in row.items() if key != "val_loss"} for row in report.Run.load(a).rows]
@@ -254,7 +254,7 @@ def test_a_run_keeps_its_colour_where_another_has_no_values(tmp_path):
     assert "c0" not in validation
 
 
-def test_a_ninth_run_repeats_the_first_colour_dashed(tmp_path):
+def test_the_ninth_run_uses_the_first_colour_with_a_dashed_line(tmp_path):
     figure = report.chart_of("loss", [report.Run.load(make_run(tmp_path / "a", steps=3))] * 9)
     assert figure.count('class="line c0"') == figure.count('class="line c0 dashed"') == 1
 
@@ -271,7 +271,7 @@ def test_a_selection_of_many_samples_includes_the_first_and_the_last(tmp_path):
 # Baselines and earlier runs -------------------------------------------------------------------------------------------
 
 
-def test_baselines_are_dashed_lines_with_a_value_in_every_row(tmp_path):
+def test_baselines_are_horizontal_lines_with_a_value_in_every_row(tmp_path):
     out = make_run(tmp_path / "out", baselines={"unigram": 3.25, "bigram": 2.5, "damaged": None})
     page = page_of(out)
     assert len(page.of_class("level")) == 2 * 2 * 2  # two lines and two names in two charts
@@ -282,7 +282,7 @@ def test_baselines_are_dashed_lines_with_a_value_in_every_row(tmp_path):
     assert all(row.endswith("3.252.5") for row in rows)
 
 
-def test_the_previous_run_on_the_same_data_is_plotted_at_equal_tokens(tmp_path):
+def test_the_previous_run_on_the_same_data_is_plotted_at_equal_token_counts(tmp_path):
     data = {"path": "data/text", "fingerprint": "f" * 64}
     make_run(tmp_path / "older", time=1.0e9, data=data)
     make_run(tmp_path / "before", steps=600, tokens=1024, time=1.5e9, data=data)
@@ -296,13 +296,13 @@ def test_the_previous_run_on_the_same_data_is_plotted_at_equal_tokens(tmp_path):
     run = report.Run.load(out)
     *_, curve = report.loss_curves(run, previous)
     assert curve.name == "validation of before"
-    assert curve.points[0] == (100.0, 2.1 + 3 / 50)  # its step 50 had seen as many tokens as this run's step 100
+    assert curve.points[0] == (100.0, 2.1 + 3 / 50)  # its step 50 is at the token count of this run's step 100
     assert curve.points[-1][0] == 300.0  # not beyond the end of this run
     assert "validation of before" in report.report_page(run, previous)
     assert report.previous_run(make_run(tmp_path / "unknown", data={})) is None
 
 
-def test_fingerprints_are_short(tmp_path):
+def test_fingerprints_are_shortened(tmp_path):
     page = page_of(make_run(tmp_path / "out", data={"fingerprint": "0123456789ab" + "c" * 52}))
     assert "fingerprint0123456789ab" in page.texts["tr"]
 
@@ -312,7 +312,7 @@ def test_the_command_is_shown_as_it_was_typed(tmp_path):
     assert page_of(make_run(tmp_path / "out", command=command)).texts["pre"][-1] == command
 
 
-def test_a_chart_without_content_is_left_out(tmp_path):
+def test_a_chart_with_too_few_points_is_omitted(tmp_path):
     assert report.chart("Loss", [report.Curve("a", [(1, 4.0)]), report.Curve("b", [(1, 2.0)])], "step") == ""
     level = report.Curve("unigram", [(1, 3.0), (9, 3.0)], level=True)
     assert report.chart("Loss", [report.Curve("a", [(1, 4.0)]), level], "step") == ""
@@ -341,7 +341,7 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     assert page.texts["h3"][0] == "Validation loss, nats per token"
 
 
-# Writing it ----------------------------------------------------------------------------------------------------------
+# Writing the page ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_reloads_itself_until_the_last_write(tmp_path):
@@ -362,7 +362,7 @@ def test_the_page_is_replaced_atomically(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_training_spends_at_most_a_hundredth_of_its_time_on_the_page(tmp_path, monkeypatch):
+def test_training_spends_at_most_one_percent_of_its_time_on_the_page(tmp_path, monkeypatch):
     clock = [100.0]
     written = []
 
@@ -394,7 +394,7 @@ def test_training_updates_the_page_every_30_seconds(tmp_path, monkeypatch):
     assert written == [100.0, 130.0, 160.0]
 
 
-def test_a_page_that_cannot_be_written_does_not_end_a_run(tmp_path):
+def test_a_page_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     out = make_run(tmp_path / "out")
     (out / report.REPORT).mkdir()
     said = []
@@ -428,7 +428,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
+def test_errors_print_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a")
     try:
@@ -447,7 +447,7 @@ def test_errors_get_one_line(tmp_path, capsys, monkeypatch, arguments, status, m
 
 @pytest.fixture
 def files(tmp_path):
-    """The page of a run with a malicious sample, and of compared runs."""
+    """The page of a run with a malicious sample, and the comparison page of two runs."""
     a = make_run(tmp_path / "a-run-with-a-name-that-is-quite-a-bit-longer-than-a-phone-is-wide", steps=150)
     b = make_run(tmp_path / "b")
     with (a / SAMPLES).open("a") as file:
@@ -460,7 +460,7 @@ def files(tmp_path):
 @pytest.mark.extras("playwright")
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_opens_without_errors_requests_or_sideways_scrolling(browser, files, width, scheme):
+def test_pages_open_without_errors_requests_or_horizontal_scrolling(browser, files, width, scheme):
     grounds = set()
     for file, curves in zip(files, (5, 10), strict=True):
         page, said, asked = opened(browser, file, width, scheme)

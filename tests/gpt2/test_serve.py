@@ -1,4 +1,4 @@
-"""gpt2/serve.py: the command, as a user runs it, and its page in a real browser."""
+"""gpt2/serve.py: the command in a separate process, and its page in a real browser."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start(*options, cwd=ROOT):
     """Start a server. Returns the process and its address."""
     command = [sys.executable, "-m", "gpt2.serve", "--port", "0", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore SIGINT
     process = subprocess.Popen(command, **pipes, env=ENV, cwd=cwd, preexec_fn=reset)
     for line in process.stdout:
         if address := re.search(r"http://[\w.:]+", line):
@@ -69,7 +69,7 @@ def run(capsys, *options, code):
 
 
 @SERVER
-def test_it_prints_its_address_and_ctrl_c_ends_it_during_a_stream():
+def test_the_server_prints_its_address_and_ctrl_c_stops_it_during_a_stream():
     process, address = start()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
     body = json.dumps({"prompt": "a", "max_tokens": 8000, "stream": True}).encode()
@@ -82,7 +82,7 @@ def test_it_prints_its_address_and_ctrl_c_ends_it_during_a_stream():
 
 
 @SERVER
-def test_it_listens_on_this_machine_only():
+def test_the_server_listens_only_on_localhost():
     process, address = start()
     port = int(address.rsplit(":", 1)[1])
     assert [address for address, listening in _listening() if listening == port] == ["0100007F"]  # 127.0.0.1
@@ -90,7 +90,7 @@ def test_it_listens_on_this_machine_only():
 
 
 def _listening():
-    """(address in hexadecimal, port) of every listening socket, from Linux's tables."""
+    """Yield (address in hexadecimal, port) of every listening socket, from Linux's tables in /proc/net."""
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:
             _, local, _, state, *_ = line.split()
@@ -100,7 +100,7 @@ def _listening():
 
 
 @SERVER
-def test_a_port_that_is_in_use_is_one_line(capsys):
+def test_a_port_in_use_prints_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = run(capsys, "--port", str(port), code=1)
@@ -108,7 +108,7 @@ def test_a_port_that_is_in_use_is_one_line(capsys):
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
-def test_a_missing_library_is_one_line(capsys, monkeypatch, missing):
+def test_a_missing_library_prints_one_line(capsys, monkeypatch, missing):
     for name in [name for name in sys.modules if name == "gpt2.web" or name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("gpt2.web", raising=False)
@@ -131,7 +131,7 @@ def test_a_missing_library_is_one_line(capsys, monkeypatch, missing):
         (["--port", "0", "--checkpoint", "broken"], 1, "error: broken: 1 of 4,112 values of tensor wte.weight"),
     ],
 )
-def test_errors_get_one_line(capsys, tmp_path, monkeypatch, options, code, message):
+def test_errors_print_one_line(capsys, tmp_path, monkeypatch, options, code, message):
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "broken", broken=True)
     assert message in run(capsys, *options, code=code)
@@ -149,7 +149,7 @@ def address():
 
 @pytest.fixture(scope="module")
 def expected_text():
-    """The continuation of a prompt with the page's settings, generated as in sample.py."""
+    """A function that returns the continuation of a prompt with the page's settings, generated as in sample.py."""
     model, tokenizer = GPT2.from_pretrained(ROOT / "checkpoint"), Tokenizer.load("bytes")
 
     def continuation(prompt, length):
@@ -161,7 +161,8 @@ def expected_text():
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens the page. Afterwards its console must be empty, and it must have sent requests only to this server."""
+    """A function that opens the page. After the test, its console must be empty, and all requests must have gone to
+    this server."""
     pages, said, asked = [], [], []
 
     def opened(width=1440, scheme="light"):
@@ -221,21 +222,21 @@ def test_a_text_is_generated_and_inspected(visit, expected_text, width, scheme):
 
 @IN_BROWSER
 @pytest.mark.parametrize(("width", "rows"), [(390, [3, 2]), (1280, [3, 2]), (1600, [5])])
-def test_no_setting_is_alone_in_its_row(visit, width, rows):
+def test_settings_are_evenly_distributed_over_rows(visit, width, rows):
     tops = visit(width).eval_on_selector_all(".settings label", "all => all.map(label => label.offsetTop)")
     assert [tops.count(top) for top in sorted(set(tops))] == rows
 
 
 @IN_BROWSER
-def test_the_page_shows_that_the_inspector_is_at_work(visit):
+def test_the_page_shows_that_the_inspector_is_working(visit):
     page = visit()
-    page.route("**/inspect", lambda route: None)  # no answer
+    page.route("**/inspect", lambda route: None)  # no response
     generate(page, "Return the", 5)
     page.get_by_text(re.compile(r"^Looking inside the model\u2026 [1-9]\d* s$")).wait_for()
 
 
 @IN_BROWSER
-def test_a_stopped_and_continued_text_equals_an_uninterrupted_one(visit, expected_text):
+def test_a_stopped_and_continued_text_equals_an_uninterrupted_text(visit, expected_text):
     page = visit()
     generate(page, "Return the", 200)
     page.wait_for_selector(".piece:nth-of-type(10)")
@@ -252,7 +253,7 @@ def test_a_stopped_and_continued_text_equals_an_uninterrupted_one(visit, expecte
 
 
 @IN_BROWSER
-def test_another_token_can_be_chosen_and_the_text_continues_from_it(visit, expected_text):
+def test_the_text_can_be_continued_from_an_alternative_token(visit, expected_text):
     page = visit()
     generate(page, "Return the", 30)
     wait_until_idle(page)
@@ -273,7 +274,7 @@ def test_another_token_can_be_chosen_and_the_text_continues_from_it(visit, expec
 
 
 @IN_BROWSER
-def test_the_keyboard_alone_is_enough(visit):
+def test_the_page_can_be_used_with_the_keyboard_alone(visit):
     page = visit()
     page.wait_for_selector('[data-play="prompt"]:focus')  # without a click
     page.keyboard.type("def f")
@@ -311,19 +312,16 @@ def test_a_malicious_prompt_is_shown_as_text(visit):
 
 
 @IN_BROWSER
-def test_a_prompt_beyond_the_context_is_cut_and_the_page_says_so(visit):
+def test_the_page_reports_that_an_overlong_prompt_was_shortened(visit):
     page = visit()
     generate(page, "a" * 100_000, 3)
     wait_until_idle(page)
-    assert (
-        "The prompt\u2019s first 99,744 tokens were omitted".replace("\u2019", "'")
-        in page.get_by_role("status").text_content()
-    )
+    assert "The first 99,744 tokens of the prompt were omitted" in page.get_by_role("status").text_content()
     wait_for_inspector(page)
 
 
 @IN_BROWSER
-def test_an_empty_prompt_begins_a_text(visit):
+def test_a_text_can_be_generated_without_a_prompt(visit):
     page = visit()
     generate(page, "", 10)
     wait_until_idle(page)
@@ -331,7 +329,7 @@ def test_an_empty_prompt_begins_a_text(visit):
 
 
 @IN_BROWSER
-def test_a_wrong_setting_is_marked(browser, address):
+def test_an_invalid_setting_is_highlighted(browser, address):
     page = browser.new_page()
     page.goto(address)
     page.evaluate("document.querySelector('form').noValidate = true")
@@ -344,7 +342,7 @@ def test_a_wrong_setting_is_marked(browser, address):
 
 
 @IN_BROWSER
-def test_a_server_that_has_ended_is_reported(browser, tmp_path):
+def test_the_page_reports_that_the_server_does_not_respond(browser, tmp_path):
     shutil.copytree(ROOT / "checkpoint", tmp_path / "checkpoint")
     process, address = start(cwd=tmp_path)
     page = browser.new_page()

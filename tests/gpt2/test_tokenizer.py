@@ -1,4 +1,4 @@
-"""gpt2/tokenizer.py: published ids, round trips, every kind of vocabulary file, and errors."""
+"""gpt2/tokenizer.py: published ids, round trips, all kinds of vocabulary files, and errors."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ def gpt2(gpt2_files):
 
 @pytest.fixture
 def without_tokenizers(monkeypatch):
-    """The package tokenizers is not installed."""
+    """Simulate that the package tokenizers is not installed."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
@@ -48,7 +48,7 @@ def hugging_face(gpt2_files, tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A folder with a vocabulary of the 256 bytes and two merges, `th` and `the`, with the bytes in GPT-2's order."""
+    """A folder with a vocabulary of the 256 bytes, in GPT-2's order, and two merges, `th` and `the`."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     vocab = {token: i for i, token in enumerate([*letters, "th", "the", "<|endoftext|>"])}
@@ -70,7 +70,7 @@ def tiny(tmp_path):
         ("\n\n", [628]),
     ],
 )
-def test_gpt2_ids_are_the_published_ones(gpt2, text, ids):
+def test_gpt2_ids_equal_published_ids(gpt2, text, ids):
     assert gpt2.encode(text).tolist() == ids
     assert gpt2.decode(ids) == text
 
@@ -88,7 +88,7 @@ def test_gpt2_equals_tiktoken_and_round_trips(gpt2, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_are_bytes(text):
+def test_ids_of_the_bytes_tokenizer_are_byte_values(text):
     tokenizer = Tokenizer.load("bytes")
     ids = tokenizer.encode(text)
     assert ids.tolist() == list(text.encode())
@@ -97,7 +97,7 @@ def test_bytes_are_bytes(text):
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_text) == ("bytes", 257, 256)
 
 
-def test_decoding_half_a_character_and_a_surrogate():
+def test_decoding_an_incomplete_character_and_a_lone_surrogate():
     tokenizer = Tokenizer.load("bytes")
     assert tokenizer.decode(list("é".encode()[:1])) == "\ufffd"
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
@@ -106,12 +106,12 @@ def test_decoding_half_a_character_and_a_surrogate():
 
 
 @pytest.mark.parametrize("bad", [257, -1])
-def test_decode_names_an_id_outside_the_vocabulary(bad):
+def test_decoding_an_id_outside_the_vocabulary_is_an_error(bad):
     with pytest.raises(ValueError, match=f"id {bad} is outside the vocabulary bytes, 0 to 256"):
         Tokenizer.load("bytes").decode([65, bad])
 
 
-def test_hugging_face_folder_is_the_same_vocabulary(gpt2, hugging_face):
+def test_a_hugging_face_folder_gives_the_same_vocabulary(gpt2, hugging_face):
     loaded = Tokenizer.load(hugging_face)
     assert loaded.fingerprint == gpt2.fingerprint
     assert loaded.end_of_text == gpt2.end_of_text
@@ -119,20 +119,20 @@ def test_hugging_face_folder_is_the_same_vocabulary(gpt2, hugging_face):
         assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
 
 
-def test_tiktoken_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path):
+def test_a_tiktoken_file_gives_the_same_vocabulary(gpt2, hugging_face, tmp_path):
     Tokenizer.load(hugging_face).save(tmp_path / "saved")
     file = shutil.copy(tmp_path / "saved" / RANKS_FILE, tmp_path / "own.tiktoken")
     loaded = Tokenizer.load(file)
     assert (loaded.name, loaded.fingerprint) == ("own", gpt2.fingerprint)
 
 
-def test_tiny_vocabulary_merges(tiny):
+def test_merges_of_a_tiny_vocabulary(tiny):
     tokenizer = Tokenizer.load(tiny)
     assert tokenizer.encode("the th").tolist() == [257, 220, 256]
     assert (tokenizer.vocab_size, tokenizer.end_of_text) == (259, 258)
 
 
-def test_last_merge_counts_without_a_final_newline_and_with_windows_line_ends(tiny):
+def test_merges_are_read_without_a_final_newline_and_with_windows_line_ends(tiny):
     expected = Tokenizer.load(tiny).fingerprint
     for merges in ("#version: 0.2\nt h\nth e", "t h\nth e\n", "#version: 0.2\r\nt h\r\nth e\r\n"):
         (tiny / HF_MERGES).write_bytes(merges.encode())
@@ -173,7 +173,7 @@ def test_save_and_load(request, tmp_path, which):
     assert Tokenizer.load(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
-def test_a_folder_named_like_a_built_in_tokenizer_is_still_a_folder(tiny, tmp_path):
+def test_a_folder_may_have_the_name_of_a_built_in_tokenizer(tiny, tmp_path):
     folder = tiny.rename(tmp_path / "gpt2")
     Tokenizer.load(folder).save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").vocab_size == 259
@@ -206,7 +206,7 @@ def damage_json(folder):
         (damage_json, "expected a JSON object"),
     ],
 )
-def test_damaged_saved_folder(tiny, tmp_path, damage, message):
+def test_a_damaged_saved_folder_is_rejected(tiny, tmp_path, damage, message):
     Tokenizer.load(tiny).save(tmp_path / "saved")
     damage(tmp_path / "saved")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -219,16 +219,16 @@ def test_damaged_saved_folder(tiny, tmp_path, damage, message):
     [
         (HF_VOCAB, "[]", "expected one JSON object"),
         (HF_VOCAB, "{", "expected one JSON object"),
-        (HF_VOCAB, '{"日": 0}', "represents no byte"),
-        (HF_VOCAB, '{"a": 0}', "line 2 .* does not make the next token"),
-        (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes make 257 tokens"),
-        (HF_MERGES, "th e\nt h\n", "line 2 .* does not make the next token"),
-        (HF_MERGES, "t h\nt x\n", "line 2 .* does not make the next token"),
-        (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not make the next token"),
+        (HF_VOCAB, '{"日": 0}', "does not represent a byte"),
+        (HF_VOCAB, '{"a": 0}', "line 2 .* does not form the next token"),
+        (HF_MERGES, "#version\nt h\n", "1 merges and 256 bytes form 257 tokens"),
+        (HF_MERGES, "th e\nt h\n", "line 2 .* does not form the next token"),
+        (HF_MERGES, "t h\nt x\n", "line 2 .* does not form the next token"),
+        (HF_MERGES, "t h\nth\u3042 e\n", "line 2 .* does not form the next token"),
     ],
 )
 @pytest.mark.usefixtures("without_tokenizers")
-def test_bad_hugging_face_files(tiny, file, text, message):
+def test_damaged_hugging_face_files_are_rejected(tiny, file, text, message):
     (tiny / file).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(tiny)
@@ -240,7 +240,7 @@ def test_bad_hugging_face_files(tiny, file, text, message):
 
 
 def as_one_file(folder, target, pairs=True):
-    """The tokenizer.json that `tokenizers` would write, from vocab.json and merges.txt."""
+    """Write the tokenizer.json that the package tokenizers would write, from vocab.json and merges.txt."""
     merges = [line.split(" ") for line in (folder / HF_MERGES).read_text(encoding="utf-8").splitlines()[1:]]
     vocab = json.loads((folder / HF_VOCAB).read_text(encoding="utf-8"))
     target.mkdir(exist_ok=True)
@@ -263,7 +263,7 @@ def as_one_file(folder, target, pairs=True):
 
 
 @pytest.mark.parametrize("pairs", [True, False])
-def test_one_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path, pairs):
+def test_tokenizer_json_gives_the_same_vocabulary(gpt2, hugging_face, tmp_path, pairs):
     as_one_file(hugging_face, tmp_path / "alone", pairs)
     for name in (tmp_path / "alone", tmp_path / "alone" / HF_TOKENIZER):
         loaded = Tokenizer.load(name)
@@ -271,7 +271,7 @@ def test_one_file_is_the_same_vocabulary(gpt2, hugging_face, tmp_path, pairs):
     assert Tokenizer.for_model(tmp_path / "alone", 50304).name == "alone"
 
 
-def changed(whole, path, value):
+def set_value(whole, path, value):
     *parts, last = path.split(".")
     place = whole
     for part in parts:
@@ -285,13 +285,13 @@ def changed(whole, path, value):
         ("added_tokens", []),
         ("added_tokens", [{"id": 258, "content": "<|endoftext|>"}, {"id": 259, "content": "<pad>"}]),
         ("post_processor", {"type": "ByteLevel"}),
-        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}),  # as files of 2020 say it
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False}),  # as in files from 2020
         ("model.dropout", 0.0),
     ],
 )
-def test_one_file_may_have_more_or_fewer_settings(tiny, tmp_path, path, value):
+def test_tokenizer_json_may_have_more_or_fewer_settings(tiny, tmp_path, path, value):
     whole = as_one_file(tiny, tmp_path / "alone")
-    changed(whole, path, value)
+    set_value(whole, path, value)
     del whole["model"]["type"]
     (tmp_path / "alone" / HF_TOKENIZER).write_text(json.dumps(whole))
     assert Tokenizer.load(tmp_path / "alone").fingerprint == Tokenizer.load(tiny).fingerprint
@@ -323,17 +323,17 @@ WORDS = {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "Byte
         ("pre_tokenizer", [1], "expected one JSON object with a model"),
         ("model", 3, "expected one JSON object with a model"),
         ("model.vocab", {"a": {}}, "expected one JSON object of tokens and ids"),
-        ("model.vocab", {"\u65e5": 0}, "represents no byte"),
+        ("model.vocab", {"\u65e5": 0}, "does not represent a byte"),
         ("model.merges", {"t": "h"}, "its model is 'BPE'"),
-        ("model.merges", ["th e", "t h"], "merge 2 .* does not make the next token"),
-        ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not make the next token"),
-        ("model.merges", ["t h"], "1 merges and 256 bytes make 257 tokens; tokenizer.json has 258 besides"),
+        ("model.merges", ["th e", "t h"], "merge 2 .* does not form the next token"),
+        ("model.merges", [["t", "h"], ["th", 3]], "merge 2 .* does not form the next token"),
+        ("model.merges", ["t h"], "1 merges and 256 bytes form 257 tokens; tokenizer.json has 258 besides"),
     ],
 )
 @pytest.mark.usefixtures("without_tokenizers")
-def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, message):
+def test_an_unsupported_tokenizer_json_is_rejected(tiny, tmp_path, path, value, message):
     whole = as_one_file(tiny, tmp_path / "alone")
-    changed(whole, path, value)
+    set_value(whole, path, value)
     file = tmp_path / "alone" / HF_TOKENIZER
     file.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=message) as caught:
@@ -343,8 +343,8 @@ def test_one_file_of_another_kind_is_rejected(tiny, tmp_path, path, value, messa
 
 
 @pytest.mark.extras("tokenizers")
-def test_files_that_tokenizers_writes_are_read(tmp_path):
-    """<|endoftext|> is first, where trainers place special tokens."""
+def test_files_written_by_tokenizers_are_read(tmp_path):
+    """<|endoftext|> has id 0, because trainers place special tokens first."""
     import tokenizers
 
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -365,8 +365,8 @@ def test_files_that_tokenizers_writes_are_read(tmp_path):
 
 
 @pytest.mark.extras("transformers")
-def test_files_that_transformers_writes_are_read(hugging_face, tmp_path):
-    """Version 5 writes only tokenizer.json."""
+def test_files_written_by_transformers_are_read(hugging_face, tmp_path):
+    """Version 5 of transformers writes only tokenizer.json."""
     import transformers
 
     theirs = transformers.GPT2TokenizerFast.from_pretrained(hugging_face)
@@ -393,7 +393,7 @@ SINGLE = {bytes([b]): b for b in range(256)}
         (ranks_file(SINGLE | {b"ab": 255}), "expected every id from 0 once"),
     ],
 )
-def test_bad_tiktoken_file(tmp_path, text, message):
+def test_a_damaged_tiktoken_file_is_rejected(tmp_path, text, message):
     file = tmp_path / "own.tiktoken"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
@@ -401,21 +401,21 @@ def test_bad_tiktoken_file(tmp_path, text, message):
     assert str(file) in str(caught.value)
 
 
-def test_end_of_text_fills_the_only_gap(tmp_path):
+def test_end_of_text_gets_the_only_unused_id(tmp_path):
     file = tmp_path / "own.tiktoken"
     file.write_text(ranks_file(SINGLE | {b"ab": 256, b"abc": 258}))
     assert Tokenizer.load(file).end_of_text == 257
 
 
-def test_unknown_names_and_empty_folders(tmp_path):
+def test_unknown_names_and_incomplete_folders_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer 'gpt3' is unknown; choose bytes, gpt2, or the path"):
         Tokenizer.load("gpt3")
     with pytest.raises(FileNotFoundError, match=r"has none of .* and meta.pkl$"):
         Tokenizer.load(tmp_path)
     for name, message in (
         ("tokenizer.model", "tokenizer.model is a SentencePiece model: save it with transformers as tokenizer.json"),
-        ("vocab.bpe", "vocab.bpe is there, encoder.json is missing"),
-        ("vocab.json", "vocab.json is there, merges.txt is missing"),
+        ("vocab.bpe", "vocab.bpe exists, but encoder.json is missing"),
+        ("vocab.json", "vocab.json exists, but merges.txt is missing"),
     ):
         (tmp_path / name).write_text("{}")
         with pytest.raises(FileNotFoundError, match=message):
@@ -425,7 +425,7 @@ def test_unknown_names_and_empty_folders(tmp_path):
 @pytest.mark.parametrize(
     "error", [requests.exceptions.ConnectionError("down\nreally"), ValueError("hash"), OSError(28)]
 )
-def test_failed_download_error_says_what_to_do(monkeypatch, error):
+def test_the_error_for_a_failed_download_suggests_a_remedy(monkeypatch, error):
     def fail(name):
         raise error
 
@@ -435,10 +435,10 @@ def test_failed_download_error_says_what_to_do(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-# Tokenizers of models
+# Tokenizers for models
 
 
-def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
+def test_the_gpt2_tokenizer_is_written_as_published(gpt2_files, tmp_path):
     tokenizer = Tokenizer.load("gpt2")
     tokenizer.save_hugging_face(tmp_path, 1024)
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
@@ -448,8 +448,8 @@ def test_gpt2s_tokenizer_is_written_as_published(gpt2_files, tmp_path):
     assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) == names
 
 
-def test_the_tokenizer_of_a_model_file(tmp_path, gpt2_files):
-    """The one next to the file, but GPT-2's for GPT-2's vocabulary."""
+def test_the_tokenizer_for_a_model_file(tmp_path, gpt2_files):
+    """It is the tokenizer next to the file, or GPT-2's if the model has GPT-2's vocabulary size."""
     Tokenizer.load("bytes").save(tmp_path)
     (tmp_path / "model.pt").touch()
     assert Tokenizer.for_model(tmp_path / "model.pt", 257).name == "bytes"

@@ -1,4 +1,4 @@
-"""model.trace(), compared with a plain computation in float64 and with transformers, also for other architectures."""
+"""gpt2/trace.py: traces compared with a plain float64 implementation and with transformers; other architectures."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ TOKENS = np.random.default_rng(3).integers(61, size=20)
 
 
 def scaled(model, scale=6.0):
-    """The model with larger matrices, so that attention is far from uniform and every layer matters."""
+    """Scale the model's matrices, so that attention is far from uniform and every layer affects the result."""
     for _, parameter in model.named_parameters():
         if parameter.ndim == 2:
             parameter.data = parameter.data * scale
@@ -23,7 +23,8 @@ def scaled(model, scale=6.0):
 
 
 def plain_gpt2(p, config, tokens):
-    """GPT-2 in float64, token by token: (streams, outputs of attention and of the MLP, weights, features, logits)."""
+    """A plain implementation of GPT-2. Returns (streams, attention outputs, MLP outputs, attention weights, features,
+    logits)."""
 
     def norm(x, name):
         mean = x.mean(-1, keepdims=True)
@@ -78,13 +79,13 @@ def assert_equal(found, expected, bound):
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("float32", 2e-5)])
 @pytest.mark.parametrize("length", [1, 2, 20])
-def test_it_equals_a_plain_computation_in_float64(dtype, bound, length):
+def test_trace_agrees_with_a_plain_float64_implementation(dtype, bound, length):
     model = scaled(GPT2(CONFIG, seed=1, dtype=dtype))
     parameters = {name: p.numpy().astype(np.float64) for name, p in model.named_parameters()}
     assert_equal(model.trace(TOKENS[:length]), plain_gpt2(parameters, CONFIG, TOKENS[:length]), bound)
 
 
-def test_the_layers_add_up_to_the_stream_and_the_logits_are_bit_identical():
+def test_layer_outputs_sum_to_the_residual_stream_and_logits_are_bit_identical():
     model = scaled(GPT2(CONFIG, seed=1))
     found = model.trace(TOKENS)
     streams = [found.embedding, *(layer.stream for layer in found.layers[1:]), found.stream]
@@ -97,7 +98,7 @@ def test_the_layers_add_up_to_the_stream_and_the_logits_are_bit_identical():
     assert np.array_equal(found.tokens, TOKENS)
 
 
-def test_recomputed_blocks_and_weights_in_bfloat16_are_traced():
+def test_recomputed_blocks_and_bfloat16_weights_can_be_traced():
     model = GPT2(CONFIG, seed=1, recompute="block")
     assert np.array_equal(model.trace(TOKENS).layers[2].mlp, GPT2(CONFIG, seed=1).trace(TOKENS).layers[2].mlp)
     found = GPT2(CONFIG, seed=1, dtype="bfloat16_weights").trace(TOKENS)
@@ -105,7 +106,7 @@ def test_recomputed_blocks_and_weights_in_bfloat16_are_traced():
     assert found.stream.dtype == np.float32
 
 
-def test_it_is_off_afterwards():
+def test_the_tracer_is_inactive_afterwards():
     GPT2(CONFIG, seed=1).trace(TOKENS)
     assert tracer.active() is None
 
@@ -119,7 +120,7 @@ def test_it_is_off_afterwards():
         ([61], "token"),
     ],
 )
-def test_errors_name_the_argument(tokens, message):
+def test_invalid_tokens_are_rejected(tokens, message):
     with pytest.raises(ValueError, match=message):
         GPT2(CONFIG).trace(tokens)
 
@@ -128,7 +129,8 @@ def test_errors_name_the_argument(tokens, message):
 
 
 class Other(nn.Module):
-    """Positions are added with +; an MLP precedes attention, which is matrix products and a softmax; no LayerNorm."""
+    """A model that adds positions with +, has an MLP before attention, computes attention from matrix products and
+    softmax, and has no LayerNorm."""
 
     def __init__(self):
         self.config = CONFIG
@@ -186,7 +188,7 @@ def test_a_model_without_layers_or_without_an_embedding():
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_it_equals_transformers(tmp_path):
+def test_trace_agrees_with_transformers(tmp_path):
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""gpt2/verify.py and gpt2/parity.py: gradients, and the comparison with PyTorch, live and with a stored reference."""
+"""gpt2/verify.py and gpt2/parity.py: gradient checks, and comparisons with PyTorch and with stored references."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_a_missing_gradient_is_detected(monkeypatch):
     assert [name for name, error in errors.items() if error > verify.BOUND] == ["wpe.weight"]
 
 
-def test_command_line(capsys):
+def test_the_command_prints_a_table_of_gradients(capsys):
     assert verify.main(["--gradients"]) == 0
     table = capsys.readouterr().out
     assert table.count("  ok\n") == 2 * 28
@@ -68,7 +68,7 @@ def test_command_line(capsys):
     assert table.endswith("all gradients are correct\n")
 
 
-def test_command_line_fails_with_the_gradients(monkeypatch, capsys):
+def test_the_command_fails_if_a_gradient_is_wrong(monkeypatch, capsys):
     right = reference.gelu_exact_backward
     monkeypatch.setattr(get_backend().kernels, "gelu_exact_backward", lambda *arguments: right(*arguments) * 1.001)
     assert verify.main(["--gradients"]) == 1
@@ -88,7 +88,7 @@ def small_nano(monkeypatch):
 
 
 def engine_results(model, tokens, dtype):
-    """The results of parity.torch_results, computed by this engine, for tests that do not depend on the values."""
+    """Replaces parity.torch_results with results of this engine, for tests that need no independent values."""
     assert model.precision.name == dtype
     found = {"tokens": tokens}
     found |= {f"activation.{site}": x for site, x in parity.engine_activations(model, tokens[:, :-1]).items()}
@@ -161,12 +161,12 @@ def test_a_recorded_reference_needs_no_torch(recorded, monkeypatch, tmp_path, ca
         ("attention_cached", "text"),
     ],
 )
-def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_path, capsys):
+def test_the_first_deviation_is_reported(kernel, first, recorded, monkeypatch, tmp_path, capsys):
     right = getattr(get_backend().kernels, kernel)
 
     def wrong(*arguments):
         results = right(*arguments)
-        if kernel == "attention_cached":  # the text changes only if another token becomes the most probable
+        if kernel == "attention_cached":  # a small error would not change the most probable token, hence the text
             return -results
         return (results[0] * 1.001, *results[1:]) if isinstance(results, tuple) else results * 1.001
 
@@ -179,7 +179,7 @@ def test_the_first_deviation_is_named(kernel, first, recorded, monkeypatch, tmp_
     assert f"the first that differs: {first}\n" in capsys.readouterr().out
 
 
-def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
+def test_nan_counts_as_a_deviation(recorded, monkeypatch, tmp_path):
     monkeypatch.setattr(
         get_backend().kernels, "lm_head_backward", lambda *arguments: np.full((2, 20, 24), np.nan, "f4")
     )
@@ -193,11 +193,11 @@ def test_a_nan_deviates(recorded, monkeypatch, tmp_path):
 def test_random_weights_depend_only_on_the_seed():
     one, same, other = (parity.random_model(SMALL, seed) for seed in (0, 0, 1))
     assert parity.fingerprint(one) == parity.fingerprint(same) != parity.fingerprint(other)
-    # Recorded values, so that reference files stay valid.
+    # A recorded value: if it changed, existing reference files would become invalid.
     assert parity.fingerprint(one)[:16] == "ffc8d5088c6d73c3"
 
 
-def test_a_models_folder_may_have_moved(stand_in, tmp_path, capsys):
+def test_a_reference_can_be_used_after_its_model_was_moved(stand_in, tmp_path, capsys):
     parity.random_model(SMALL, 3).save_pretrained(tmp_path / "model")
     file = tmp_path / "reference.safetensors"
     assert verify.main(["--against", str(tmp_path / "model"), "--record", str(file), "--dtype", "float64"]) == 0
@@ -212,14 +212,14 @@ def test_a_models_folder_may_have_moved(stand_in, tmp_path, capsys):
     assert "recorded with other weights" in capsys.readouterr().err
 
 
-def test_on_a_device(recorded, capsys):
+def test_verification_on_a_device(recorded, capsys):
     with strict_cupy.registered():
         assert verify.main(["--against", str(recorded), "--device", "cuda"]) == 0
     assert "float32, cuda; a stand-in" in capsys.readouterr().out
 
 
 def rewritten(file, cases=None, **arrays):
-    """The reference with other arrays (None removes one) or another list of cases."""
+    """Rewrite the reference with other arrays (None removes an array) or another list of cases."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -235,7 +235,7 @@ def rewritten(file, cases=None, **arrays):
     ("change", "said"),
     [
         ({"0__logits": None}, "0/logits"),
-        ({"0__loss": np.zeros(3)}, "the reference has loss of shape (3,); this model computes ()"),
+        ({"0__loss": np.zeros(3)}, "the reference's loss has shape (3,); this model's has ()"),
         ({"cases": "[{]"}, "its list of cases is damaged"),
         ({"cases": '[{"model": null}]'}, "its list of cases is damaged"),
     ],
@@ -261,7 +261,7 @@ def test_a_damaged_reference_is_reported_in_one_line(change, said, recorded, cap
         (["--against", "no/such/model"], "no/such/model: no such file or folder"),
     ],
 )
-def test_errors_are_one_line(options, said, monkeypatch, small_nano, capsys):
+def test_errors_print_one_line(options, said, monkeypatch, small_nano, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(verify.main(options))
@@ -275,8 +275,8 @@ def test_errors_are_one_line(options, said, monkeypatch, small_nano, capsys):
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, capsys):
-    """Both forms of GELU, live; then a file recorded with PyTorch and read without it."""
+def test_all_results_agree_with_pytorch(dtype, small_nano, monkeypatch, tmp_path, capsys):
+    """Compares both forms of GELU with PyTorch, and then with a file that was recorded with PyTorch."""
     assert verify.main(["--preset", "nano", "--dtype", dtype]) == 0
     assert capsys.readouterr().out.count("everything agrees") == 2
     file = str(tmp_path / "reference.safetensors")
@@ -289,7 +289,7 @@ def test_every_result_equals_pytorchs(dtype, small_nano, monkeypatch, tmp_path, 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
 def test_the_wrong_form_of_gelu_is_detected(tmp_path, monkeypatch, capsys):
-    """The model is in a folder that transformers reads; the two forms differ by less than 0.001."""
+    """transformers reads the model from a folder. The two forms of GELU differ by less than 0.001."""
     parity.random_model(SMALL, 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
     capsys.readouterr()
@@ -310,7 +310,7 @@ def test_a_published_model_is_downloaded_by_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_a_context_of_one_token(tmp_path):
+def test_verification_with_a_context_of_one_token(tmp_path):
     parity.random_model(dataclasses.replace(SMALL, n_positions=1), 0).save_pretrained(tmp_path)
     assert verify.main(["--against", str(tmp_path)]) == 0
 
@@ -319,6 +319,6 @@ def test_a_context_of_one_token(tmp_path):
 @pytest.mark.extras("torch", "transformers")
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", verify.FORMS)
-def test_the_published_model_equals_pytorchs(activation, capsys):
+def test_a_model_of_the_published_size_agrees_with_pytorch(activation, capsys):
     assert verify.main(["--preset", "gpt2", "--activation", activation]) == 0
     assert "gpt2, random weights" in capsys.readouterr().out

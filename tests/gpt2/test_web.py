@@ -1,4 +1,4 @@
-"""gpt2/web.py over real sockets: OpenAI's client, many concurrent clients, disconnects, and other web pages."""
+"""gpt2/web.py over real sockets: OpenAI's client, concurrent clients, disconnects, and requests from other pages."""
 
 import http.client
 import json
@@ -33,7 +33,7 @@ def make_model():
 
 
 def start_server(model, worker, **given):
-    """A server in a thread of this process: (server, port)."""
+    """Start a server in a thread of this process. Returns its server, port, thread, worker and model."""
     from gpt2 import web
 
     page = given.get("page", "<!doctype html><title>page</title>")
@@ -64,7 +64,7 @@ def running():
 
 
 def send(port, method="GET", path="/health", body=None, headers=None):
-    """(status, headers, text) of a request."""
+    """Send a request. Returns (status, headers, text)."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
         data = body if body is None or isinstance(body, bytes | str) else json.dumps(body)
         connection.request(method, path, data, {**(POST if method == "POST" else {}), **(headers or {})})
@@ -83,8 +83,8 @@ def alone(model, prompt, max_tokens, **sampling):
     return "".join(piece for _, piece in stream_text(model, BYTES, ids, max_tokens, **sampling))
 
 
-def settled(worker, seconds=10):
-    """Wait until the worker has nothing to do."""
+def wait_until_idle(worker, seconds=10):
+    """Wait until the worker is idle."""
     until = time.monotonic() + seconds
     while worker.load() != (0, 0):
         assert time.monotonic() < until, worker.load()
@@ -117,7 +117,7 @@ def test_the_client_gets_the_same_text_as_the_command_line(running, client):
 
 
 @pytest.mark.extras("openai")
-def test_the_client_gets_log_probabilities_stops_and_usage(client):
+def test_the_client_gets_log_probabilities_stop_reasons_and_usage(client):
     found = client.completions.create(model=NAME, prompt="ab", max_tokens=8, logprobs=3, echo=True, seed=1)
     logprobs = found.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
@@ -203,14 +203,14 @@ def test_requests_from_other_web_pages_are_rejected(running, headers, status):
         ("POST", "/inspect", {"tokens": [1, 2], "prompt": 3}, 400, "prompt"),
     ],
 )
-def test_wrong_input_gets_an_error_with_the_field(running, method, path, body, status, field):
+def test_the_error_for_invalid_input_names_the_field(running, method, path, body, status, field):
     found, _, text = send(running.port, method, path, body)
     assert found == status, text
     error = json.loads(text)["error"]
     assert (error["param"], error["type"]) == (field, "invalid_request_error")
 
 
-def test_a_request_for_more_memory_than_is_free_is_rejected():
+def test_a_request_that_needs_more_than_the_free_memory_is_rejected():
     running = start_server(make_model(), Worker(), memory=lambda: 1000.0)
     status, _, text = send(running.port, "POST", "/v1/completions", {"prompt": "a", "n": 4})
     assert status == 503
@@ -218,7 +218,7 @@ def test_a_request_for_more_memory_than_is_free_is_rejected():
     stop_server(running)
 
 
-def test_a_model_that_is_damaged_ends_the_stream_with_an_error():
+def test_a_damaged_model_ends_the_stream_with_an_error():
     model = make_model()
     model.parameters().__next__().data[:] = math.nan
     running = start_server(model, Worker())
@@ -232,7 +232,7 @@ def test_a_model_that_is_damaged_ends_the_stream_with_an_error():
     stop_server(running)
 
 
-# The page's requests -------------------------------------------------------------------------------------------------
+# Requests of the page ------------------------------------------------------------------------------------------------
 
 
 def test_the_page_gets_tokens_with_alternatives(running):
@@ -249,7 +249,7 @@ def test_the_page_gets_tokens_with_alternatives(running):
     assert json.loads(text) == {"tokens": [*range(6, 70)], "prompt": 62}
 
 
-def test_a_prompt_beyond_the_context_loses_its_start(running):
+def test_the_start_of_an_overlong_prompt_is_dropped(running):
     status, _, text = send(running.port, "POST", "/generate", {"prompt": "a" * 100_000, "max_tokens": 1})
     assert status == 200
     head = json.loads(text.splitlines()[0])
@@ -269,7 +269,7 @@ def test_a_disconnect_ends_the_request(running, stream):
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
     connection.close()
-    settled(running.worker, seconds=5)
+    wait_until_idle(running.worker, seconds=5)
 
 
 def test_too_many_requests_get_status_429():
@@ -287,17 +287,17 @@ def test_too_many_requests_get_status_429():
     assert json.loads(text)["error"]["type"] == "rate_limit_error"
     for connection in held:
         connection.close()
-    settled(running.worker)
+    wait_until_idle(running.worker)
     stop_server(running)
 
 
-# Many at once --------------------------------------------------------------------------------------------------------
+# Concurrent requests -------------------------------------------------------------------------------------------------
 
 WRONG = ({"n": 0}, {"temperature": "x"}, {"max_tokens": -1}, {"prompt": [999]}, {"surprise": 1})
 
 
 def one_of_many(running, i):
-    """Send request i of many: a fifth disconnect, a tenth are invalid, half of the others stream."""
+    """Send request i. A fifth of all requests disconnect, a tenth are invalid, and half of the others are streamed."""
     rng = random.Random(i)
     prompt = "".join(rng.choices("abc é☃ \n", k=rng.randint(0, 80)))
     sampling = {"temperature": rng.choice([0, 0.7, 1.0]), "seed": i}
@@ -324,7 +324,7 @@ def one_of_many(running, i):
 
 
 def crowd(running, requests, at_once):
-    """Send many requests, `at_once` at a time. Returns what went wrong."""
+    """Send many requests, `at_once` of them concurrently. Returns the error messages."""
     numbers, errors, lock = iter(range(requests)), [], threading.Lock()
 
     def client():
@@ -348,16 +348,16 @@ def crowd(running, requests, at_once):
 
 def test_many_concurrent_requests_get_correct_texts(running):
     assert crowd(running, 30, 6) == []
-    settled(running.worker)
+    wait_until_idle(running.worker)
 
 
 @pytest.mark.slow
-def test_two_hundred_requests_leave_no_memory_behind(running):
+def test_memory_does_not_grow_with_the_number_of_requests(running):
     assert crowd(running, 200, 20) == []
-    settled(running.worker)
+    wait_until_idle(running.worker)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         assert crowd(running, 200, 20) == []
-    settled(running.worker)
+    wait_until_idle(running.worker)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB, server and clients together
     assert grown < 16 * 1024

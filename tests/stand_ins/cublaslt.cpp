@@ -1,6 +1,7 @@
-// cuBLASLt on a CPU: the C functions that tinygrad2/kernels/gemm.py calls, naive and by columns, checking what they are
-// told. A mistake is answered with a status, and said by cublaslt_complaint(). An algorithm is good only for the
-// product that the heuristic was asked about; the workspace is overwritten, and what only a plan may hold is compared.
+// A stand-in for cuBLASLt on the CPU: naive, column-major versions of the C functions that tinygrad2/kernels/gemm.py
+// calls. They check their arguments. If a check fails, they return an error status, and cublaslt_complaint() returns the
+// message. An algorithm is accepted only for the product for which the heuristic returned it, with at least the same
+// alignment. Every product overwrites the workspace.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -75,7 +76,7 @@ float load(const void* p, int type, size_t i) {
   memcpy(&f, &u, 4);
   return f;
 }
-float round_to(float f, int bits) {  // to nearest, ties to even, dropping so many bits of the mantissa
+float round_to(float f, int bits) {  // to nearest, ties to even, dropping the last `bits` bits of the mantissa
   if (std::isnan(f)) return f;
   uint32_t u;
   memcpy(&u, &f, 4);
@@ -123,7 +124,7 @@ int put(T& field, const void* value, size_t size) {
 
 extern "C" {
 const char* cublaslt_complaint() { return complaint; }
-int cublaslt_products[2];  // of float32 operands: in float32, in TF32
+int cublaslt_products[2];  // number of products of float32 operands: in float32, in TF32
 
 int cublasLtCreate(Handle** h) { return *h = new Handle, OK; }
 int cublasLtMatmulDescCreate(Operation** o, int compute, int scale) {
@@ -168,7 +169,7 @@ int cublasLtMatmulAlgoGetHeuristic(Handle* h, Operation* o, Layout* a, Layout* b
                                    int wanted, Result* result, int* found) {
   CHECK(h && h->tag == HANDLE && p->tag == PREFERENCE && wanted == 1);
   if (int status = check(*o, *a, *b, *c, *d)) return status;
-  CHECK(p->reduction == 2);  // bfloat16 partial sums, which the default allows, are not summed in float32
+  CHECK(p->reduction == 2);  // the default would also allow partial sums in bfloat16
   CHECK(p->workspace >= 4096);
   *result = {};
   Algorithm& g = result->algorithm;
@@ -192,7 +193,7 @@ int cublasLtMatmul(Handle* h, Operation* o, const float* alpha, const void* A, L
   memset(workspace, 0xFF, g->workspace);
 
   uint64_t m = d->rows, n = d->cols, k = o->ta ? a->rows : a->cols;
-  std::vector<float> left(m * k), right(n * k);  // as they are multiplied, the inner index last
+  std::vector<float> left(m * k), right(n * k);  // the operands after transposition, inner index last
   for (uint64_t i = 0; i < m; i++)
     for (uint64_t l = 0; l < k; l++) left[i * k + l] = load(A, a->type, o->ta ? l + i * a->ld : i + l * a->ld);
   for (uint64_t j = 0; j < n; j++)

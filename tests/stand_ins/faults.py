@@ -1,7 +1,7 @@
-"""Plants faults in source code: each consists of a function and a short piece of code in it.
+"""Inject faults into source code. A fault names a function and replaces a short piece of its code.
 
-A test that injects a fault shows that the other tests would find it. The layout of the source does not matter. If the
-piece of code no longer exists, the error says what to do.
+A test that injects a fault shows that the checks detect it. The layout of the source does not matter. If the piece of
+code no longer exists, the error says what to do.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Fault = tuple[str, str, str]  # the arguments of `inject` after the source
 
 
 def inject(source: str, function: str, old: str, new: str) -> str:
-    """`source` with `old` replaced by `new` everywhere in `function`: the name of a function, struct, class or
-    constant, or several, separated by commas.
+    """`source` with `old` replaced by `new` everywhere in `function`.
 
-    Any whitespace in `old` matches any other. Raises AssertionError if there is nothing to replace.
+    `function` is the name of a function, struct, class or constant, or several names separated by commas. Whitespace in
+    `old` matches any whitespace. Raises AssertionError if there is nothing to replace.
     """
     names = function.split(", ")
     if len(names) > 1:
@@ -42,7 +42,7 @@ def inject(source: str, function: str, old: str, new: str) -> str:
 
 
 def inject_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Fault) -> None:
-    """From now on, the CUDA C++ of a family of kernels has these faults."""
+    """Inject faults into the CUDA C++ of a kernel family until the test ends."""
     source = cuda.source(family)
     for fault in faults:
         source = inject(source, *fault)
@@ -50,9 +50,9 @@ def inject_in(monkeypatch: pytest.MonkeyPatch, family: str | Path, *faults: Faul
 
 
 def replace_source(monkeypatch: pytest.MonkeyPatch, family: str | Path, source: str) -> None:
-    """From now on, this is the CUDA C++ of a family of kernels."""
-    whole = cuda.source
-    monkeypatch.setattr(cuda, "source", lambda name: source if name == family else whole(name))
+    """Replace the CUDA C++ of a kernel family until the test ends."""
+    original = cuda.source
+    monkeypatch.setattr(cuda, "source", lambda name: source if name == family else original(name))
 
 
 def without(source: str, function: str, old: str, number: int) -> str:

@@ -3,7 +3,7 @@
 The output of a call contains NaN until the compute stream has waited for an event that was recorded on the call's
 stream after the call, so that reads that are too early are visible. RaceError is raised if
   - a call is launched on a stream that has not waited for the latest work on the compute stream;
-  - memory is freed or written to while a call still uses it, also by another call.
+  - memory is freed or written to (also by another call) while a call still uses it.
 The calls in a group run when it ends. NcclError is raised for a group that was not ended or not started, and for memory
 that does not belong to an array of the given type.
 
@@ -72,7 +72,7 @@ class NcclError(RuntimeError):
 
 
 class NCCL:
-    """The module. `calls` contains the names of the launched calls."""
+    """The module. `calls` lists the names of the calls that were launched."""
 
     available = True
     NCCL_SUM, NCCL_FLOAT32, NCCL_FLOAT64 = 0, 7, 8
@@ -103,7 +103,7 @@ class NCCL:
 class NcclCommunicator:
     def __init__(self, nccl: NCCL, ndev: int, commId: bytes, rank: int):
         if not (isinstance(commId, bytes) and len(commId) == 128 and 0 <= rank < ndev):
-            raise NcclError("NcclCommunicator: not an identity of 128 bytes, or no such rank")
+            raise NcclError("NcclCommunicator: expected an id of 128 bytes and a rank below the number of ranks")
         self._nccl, self._size, self._rank = nccl, ndev, rank
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int, /) -> None:
@@ -133,7 +133,7 @@ class NcclCommunicator:
         stream: int,
     ) -> None:
         if root is not None and not 0 <= root < self._size:
-            raise NcclError(f"{name}: no rank {root} among {self._size}")
+            raise NcclError(f"{name}: root is {root}; expected 0 to {self._size - 1}")
         dtype = {self._nccl.NCCL_FLOAT32: np.dtype("float32"), self._nccl.NCCL_FLOAT64: np.dtype("float64")}[kind]
         launch = partial(self._launch, name, pointer, count, dtype, writes, exchange, stream)
         if self._nccl.group is None:
@@ -160,7 +160,7 @@ class NcclCommunicator:
             return
         owner = device.owner(pointer, count * dtype.itemsize)
         if owner is None or owner().dtype != dtype:
-            raise NcclError(f"{name}: these are not {count} elements of {dtype} in one array")
+            raise NcclError(f"{name}: expected {count} elements of {dtype} in one array")
         memory = np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(pointer), np.uint8)
         values = memory.view(dtype).copy()
         result = exchange(values)
@@ -168,7 +168,7 @@ class NcclCommunicator:
             memory[:] = POISON
         before = memory.tobytes()
 
-        def land() -> None:
+        def complete() -> None:
             if owner() is None:
                 raise RaceError(f"{name}: memory was freed before the compute stream had waited for the call")
             if memory.tobytes() != before:
@@ -176,12 +176,12 @@ class NcclCommunicator:
             if writes:
                 memory.view(dtype)[:] = result
 
-        device.launch_beside(stream, land)
+        device.launch_beside(stream, complete)
 
 
 @contextmanager
 def installed(exchange: Exchange, address: str = "0000:00:00.0") -> Iterator[NCCL]:
-    """Inside this context, the stand-in for CuPy has this NCCL and a GPU with this address."""
+    """Inside this context, the stand-in for CuPy provides this NCCL and a GPU with this address."""
     nccl = NCCL(exchange)
     runtime = strict_cupy.Library.cuda.runtime
     with (

@@ -1,11 +1,11 @@
-"""Runs the PTX that NVRTC generates on a CPU, by translating it to C++ instruction by instruction.
+"""Run the PTX that NVRTC generates on a CPU, by translating it to C++ instruction by instruction.
 
 cudasim runs a kernel's source, with replacements for the functions that are written in PTX, so it cannot detect errors
-in those functions or in the compiler's output. Here the PTX itself runs: one line of C++ per instruction, with
-cudasim.h for cooperation between threads. In addition, every access is checked to be inside the arrays or the shared
-memory of the launch, and to be aligned.
+in those functions or in the compiler's output. Here the PTX itself runs, as one line of C++ per instruction; cudasim.h
+provides the barriers and collectives. In addition, every access is checked to be aligned and to be inside the arrays or
+the shared memory of the launch.
 
-`pytest --ptx` runs the kernel tests in this way. The instructions are defined in NVIDIA's "Parallel Thread Execution
+`pytest --ptx` runs the kernel tests this way. The instructions are defined in NVIDIA's "Parallel Thread Execution
 ISA".
 """
 
@@ -77,7 +77,7 @@ inline char* ptx_global(uint64_t at, size_t size) {
   if (!cudasim::arrays.empty()) cudasim::stop("an access outside the arrays");
   return (char*)at;
 }
-inline char* ptx_generic(uint64_t at, size_t size) {  // of this block or, in a cluster, of another
+inline char* ptx_generic(uint64_t at, size_t size) {  // shared memory of any block that is running, or global memory
   for (auto* block : cudasim::living) {
     uint64_t start = (uint64_t)block->dynamic();
     if (start <= at && at + size <= start + cudasim::dynamic_size && at % size == 0) return (char*)at;
@@ -118,7 +118,7 @@ class _Function:
         ]
         threads = re.search(r"\.maxntid (\d+)", attributes)
         self.bound = int(threads[1]) if threads else 1024
-        self.types: dict[str, str] = {}  # of registers
+        self.types: dict[str, str] = {}  # of registers, by their prefix
         self.lines = list(self._lines(body))
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ class _Function:
         return text + "\n}" + (f"\nCUDASIM_EXPORT({self.name}, {self.bound})" if kernel else "")
 
     def _lines(self, body: str) -> Iterator[str]:
-        """A statement each."""
+        """The C++ of each statement in the body."""
         statement = ""
         for line in re.sub(r"//.*", "", body).splitlines():
             line = line.strip()
@@ -171,7 +171,7 @@ class _Function:
             yield "{ " + self._instruction(opcode.split("."), _operands(tabbed + " " + rest)) + " }"
 
     def _value(self, operand: str, type_: str) -> str:
-        """An operand as a value of this type."""
+        """A C++ expression for the value of an operand, with this type."""
         wanted = TYPES[type_]
         if REGISTER.match(operand):
             value, is_float = self._register(operand)
@@ -214,7 +214,7 @@ class _Function:
         write = self._assign
         if root in ("ld", "st"):
             return self._access(op, a)
-        if root == "mov" and "{" in a[0] + a[1]:  # a value and its halves or quarters, lowest first
+        if root == "mov" and "{" in a[0] + a[1]:  # between a value and its halves or quarters, lowest first
             parts = _members(a[0] if "{" in a[0] else a[1])
             part = f"b{int(type_[1:]) // len(parts)}"
             both = f"{TYPES[type_]} x; {TYPES[part]} n[{len(parts)}]; "
@@ -265,7 +265,7 @@ class _Function:
             value = f"(({wide}){self._value(a[1], type_)} * ({wide}){self._value(a[2], type_)}) >> {type_[1:]}"
             return write(a[0], f"({TYPES[type_]})({value})", type_)
         if root in INFIX or root == "mad":
-            counted = type_.replace("s", "u") if root in ("add", "sub", "mul", "mad") else type_  # which wraps around
+            counted = type_.replace("s", "u") if root in ("add", "sub", "mul", "mad") else type_  # to wrap around
             values = [self._value(each, counted) for each in a[1:]]
             if root == "mad":
                 return write(a[0], f"{values[0]} * {values[1]} + {values[2]}", counted)
@@ -333,7 +333,7 @@ class _Function:
         simple = {"ret": "return;", "trap": "__trap();", "prefetch": "", "membar": "", "fence": ""}
         if root in simple:
             return simple[root]
-        raise NotImplementedError(f"PTX: {'.'.join(op)} {', '.join(a)}")
+        raise NotImplementedError(f"PTX instruction not supported: {'.'.join(op)} {', '.join(a)}")
 
     def _access(self, op: list[str], a: list[str]) -> str:
         space = next((part for part in op if part in ("global", "shared", "param")), "generic")
@@ -351,7 +351,7 @@ class _Function:
         return f"{pointer}memcpy(n, place, sizeof n); {read}{wait}"
 
     def _loaded(self, target: str, value: str, type_: str) -> str:
-        """A load extends the value to a wider register, with the sign or zeros."""
+        """Assign a loaded value. A wider register gets its sign or zero extension."""
         register, is_float = self._register(target)
         return self._assign(target, value, type_) if type_[0] == "f" or is_float else f"{register} = {value};"
 
@@ -393,7 +393,7 @@ class RawModule(cudasim.RawModule):
 
 
 class Function(cudasim.Function):
-    """A kernel. Its PTX does not say which parameters are pointers or signed."""
+    """A kernel. PTX does not specify which parameters are pointers or signed."""
 
     def cell(self, i, value, kind):
         value = cudasim.array_of(value)

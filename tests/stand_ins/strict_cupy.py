@@ -1,28 +1,28 @@
 """NumPy with CuPy's rules: a stand-in that runs and checks the whole engine on a machine without a GPU.
 
 It computes with NumPy, and rejects or counts operations that CuPy rejects or that would be slow or wrong on a device:
-  - a NumPy array among device arrays, a list where an array is expected, and conversion other than by get or asnumpy
-    raise TypeError; results are arrays even if they are 0-d, and dtypes follow NEP 50, as in CuPy 14;
-  - assignment at repeated indices raises, since its result is undefined on a device; out-of-range indices raise, where
-    CuPy silently wraps them around; so does writing to a broadcast view, where CuPy would write to its source;
-  - `device.syncs` counts hidden waits of the host: float(), bool(), item(), get(), printing, and results with a shape
-    that depends on values. `device.waits` counts waits for events, which are intended;
+  - mixing NumPy arrays with device arrays, passing a list where an array is expected, and converting to NumPy other
+    than by get or asnumpy raise TypeError; results are arrays even if 0-d, and dtypes follow NEP 50, as in CuPy 14;
+  - assignment at repeated indices raises, since its result is undefined on a device; out-of-range indices raise (CuPy
+    silently wraps them around), and so does writing to a broadcast view (CuPy would write to its source);
+  - `device.syncs` counts implicit synchronizations: float(), bool(), item(), get(), printing, and results whose shape
+    depends on values. `device.waits` counts explicit waits for events;
   - `device.float64` counts new float64 arrays, and float64 results unless all inputs are float64;
   - `device.launches` counts the calls that launch work on the device;
-  - bfloat16 arrays use ml_dtypes, which differs from CuPy 14: here, sums and matrix products are computed in float32
-    and rounded once; products with more than two axes raise, because they fail in CuPy, and so does arithmetic with a
+  - bfloat16 arrays use ml_dtypes, which differs from CuPy 14: sums and matrix products are computed in float32 and
+    rounded once; products with more than two axes raise, because they fail in CuPy, and so does arithmetic with a
     Python number, for which the two give different dtypes;
   - float32 matrix products are rounded to TF32 if CuPy's compute type says so; `device.products` counts them by that
     type;
   - kernels of a RawModule are compiled for the CPU and run immediately, in the simulator in tests/stand_ins/cudasim.
 
-Copies between pinned memory and the device are delayed until the host waits, as is possible on a device. If pinned
-memory was changed or freed before its copy to the device, RaceError is raised at that time; memory that a result is
-fetched to contains NaN until then. Everything else runs in launch order, as in a single stream, except for work that a
-library launches on its own stream (`device.launch_beside`; see nccl.py).
+Copies between pinned memory and the device are delayed until the host waits, as may happen on a device. If pinned
+memory was changed or freed before its copy to the device, RaceError is raised when the copy runs. The destination of a
+copy to the host contains NaN until the copy has run. Everything else runs in launch order, as in a single stream,
+except for work that a library launches on its own stream (`device.launch_beside`; see nccl.py).
 
-With `registered(real=cupy)`, every name and keyword is also checked against the installed CuPy, which needs no GPU and
-no driver.
+With `registered(real=cupy)`, every name and keyword is also checked against the installed CuPy. This requires neither a
+GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RaceError(AssertionError):
 
 
 class Device:
-    """Counters, and the stream: copies that have been launched but not executed."""
+    """Counters, and the queue of copies that have been launched but not executed."""
 
     def __init__(self) -> None:
         self.real: Any = None
@@ -78,31 +78,31 @@ class Device:
         self.products: Counter[str] = Counter()  # float32 matrix products, by "float32" and "tf32"
         self.submitted = self.finished = 0
         self.clusters = 16  # number of clusters that run concurrently
-        self.blocks = 1  # of a cooperative kernel on a multiprocessor
+        self.blocks = 1  # number of blocks of a cooperative kernel that fit on a multiprocessor
         self._queue: deque[Callable[[], None]] = deque()
         self._one_at_a_time = threading.RLock()  # a thread may wait for another thread's event
-        self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (where, after which submission, what it does)
+        self.beside: list[tuple[Stream, int, Callable[[], None]]] = []  # (stream, last submission before it, action)
         self._owners: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     def submit(self, action: Callable[[], None]) -> int:
-        """Append a copy or an event to the stream; returns its number."""
+        """Append a copy or an event to the queue. Returns its number."""
         self._queue.append(action)
         self.submitted += 1
         return self.submitted
 
     def finish(self, number: int | None = None) -> None:
-        """Execute everything up to `number`, or everything."""
+        """Execute the queue up to `number`, or all of it."""
         with self._one_at_a_time:
             while self._queue and (number is None or self.finished < number):
                 self.finished += 1
                 self._queue.popleft()()
 
     def launch_beside(self, stream: Stream, finish: Callable[[], None]) -> None:
-        """Add work that `finish` completes when another stream has waited for a later event of this stream."""
+        """Launch work on `stream`. It is completed by `finish` when another stream waits for a later event."""
         self.beside.append((stream, self.submitted, finish))
 
     def own(self, values: np.ndarray) -> int:
-        """The address of an array whose pointer is passed on; `owner` finds the array again while it exists."""
+        """The address of an array. It is registered, so that `owner` can find the array while it exists."""
         root = values
         while isinstance(root.base, np.ndarray):
             root = root.base
@@ -117,7 +117,7 @@ class Device:
         return None
 
     def sync(self) -> None:
-        """A hidden wait for the device."""
+        """An implicit synchronization with the device."""
         self.syncs += 1
         self.finish()
 
@@ -130,7 +130,7 @@ device = Device()
 
 
 class PinnedMemory(bytearray):
-    """Host memory that a device can copy from and to; `last_read` is the number of the last copy from it."""
+    """Host memory from and to which a device can copy. `last_read` is the number of the last copy from it."""
 
     last_read = 0
 
@@ -144,7 +144,7 @@ def _pinned(array: np.ndarray) -> PinnedMemory:
     return owner
 
 
-# Checks against the CuPy that is installed ----------------------------------------------------------------------------
+# Checks against the installed CuPy ------------------------------------------------------------------------------------
 
 
 def _check_name(owner: str, name: str) -> Any:
@@ -164,7 +164,7 @@ def _check_keywords(where: str, target: Any, args: tuple, kwargs: dict[str, Any]
     try:
         inspect.signature(target).bind(*args, **kwargs)
         return
-    except ValueError:  # a compiled function has its signature in the first line of its documentation
+    except ValueError:  # a compiled function has its signature in the first line of its docstring
         match = re.match(r"[\w.]*\((.*)\)", (target.__doc__ or "").split("\n")[0])
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from None
@@ -172,7 +172,7 @@ def _check_keywords(where: str, target: Any, args: tuple, kwargs: dict[str, Any]
         return
     names = {re.split(r"[ =]", parameter.strip().split("=")[0])[-1] for parameter in match[1].split(",")}
     if set(kwargs) - names:
-        raise TypeError(f"{where} takes no {', '.join(sorted(set(kwargs) - names))}")
+        raise TypeError(f"{where} does not accept {', '.join(sorted(set(kwargs) - names))}")
 
 
 # Arrays ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _unwrap(x: Any) -> Any:
 
 
 def _wrap(result: Any, inputs: Any) -> Any:
-    """The result of a NumPy function on `inputs` as in CuPy: arrays, even if they are 0-d."""
+    """Convert the result of a NumPy function on `inputs` to what CuPy returns: arrays, even if they are 0-d."""
     if isinstance(result, tuple | list):
         return type(result)(_wrap(part, inputs) for part in result)
     if isinstance(result, np.ndarray | np.generic | bool):
@@ -240,9 +240,9 @@ def _in_bfloat16(name: str, function: Callable, args: tuple, kwargs: dict[str, A
     """A sum or matrix product of bfloat16 arrays, which CuPy computes in float32."""
     out, dtype = kwargs.pop("out", None), kwargs.pop("dtype", None)
     if name in PRODUCTS and (name not in ("matmul", "dot") or any(x.ndim > 2 for x in _arrays(args))):
-        raise TypeError(f"cupy.{name}: bfloat16 is multiplied in two axes only")
+        raise TypeError(f"cupy.{name}: bfloat16 products support at most two axes")
     if name in PRODUCTS and any(x.dtype != bfloat16 for x in (*_arrays(args), *_arrays([out]))):
-        raise TypeError(f"cupy.{name}: bfloat16 is multiplied with bfloat16, into bfloat16")
+        raise TypeError(f"cupy.{name}: bfloat16 products require bfloat16 operands and a bfloat16 output")
     wide = [x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == bfloat16 else x for x in args]
     result = np.asarray(function(*wide, **kwargs)).astype(dtype or bfloat16)
     if out is None:
@@ -284,7 +284,7 @@ def _ufunc(name: str, *args: Any, out: Any = None, **kwargs: Any) -> Any:
     if any(isinstance(x, ndarray) and x.dtype == bfloat16 for x in args) and any(type(x) in (int, float) for x in args):
         raise TypeError(f"cupy.{name}: bfloat16 and a Python number; select the dtype with a NumPy scalar or astype")
     if set(kwargs) - UFUNC_KEYWORDS:
-        raise TypeError(f"cupy.{name} takes no {', '.join(sorted(set(kwargs) - UFUNC_KEYWORDS))}")
+        raise TypeError(f"cupy.{name} does not accept {', '.join(sorted(set(kwargs) - UFUNC_KEYWORDS))}")
     if out is None:
         return _call(name, getattr(np, name), args, kwargs)
     _call(name, getattr(np, name), args, {**kwargs, "out": out})
@@ -301,13 +301,13 @@ def _index(index: Any) -> Any:
     return _unwrap(index)
 
 
-def _whole(index: Any) -> tuple:
+def _with_ellipsis(index: Any) -> tuple:
     """Add an ellipsis to the index, so that NumPy returns a view instead of a scalar."""
     index = index if isinstance(index, tuple) else (index,)
     return index if any(i is Ellipsis for i in index) else (*index, Ellipsis)
 
 
-class ndarray:  # noqa: N801 (it is called so in every array library)
+class ndarray:  # noqa: N801 (the usual name in array libraries)
     """An array on the device."""
 
     __slots__ = ("_a", "device")
@@ -322,7 +322,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "__call__":
             return NotImplemented
-        return _ufunc(ufunc.__name__, *args, **kwargs)  # called for a NumPy scalar on the left
+        return _ufunc(ufunc.__name__, *args, **kwargs)  # called if the left operand is a NumPy scalar
 
     shape = property(lambda self: self._a.shape)
     dtype = property(lambda self: self._a.dtype)
@@ -364,24 +364,24 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
             out[...] = values
             return out
         if out is None or out.shape != values.shape or out.dtype != values.dtype or not out.flags.c_contiguous:
-            raise ValueError("a delayed copy needs output memory with the array's shape and dtype")
+            raise ValueError("an asynchronous copy needs output memory with the array's shape and dtype")
         memory = weakref.ref(_pinned(out))
         device.finish(_pinned(out).last_read)  # the device executes copies in launch order
         out.reshape(-1).view(np.uint8)[:] = POISON
         where = out.__array_interface__["data"][0] - _address(memory())
 
         def copy() -> None:
-            landing = memory()
-            if landing is None:
-                raise RaceError("the output memory of a result was freed before the copy took place")
-            landing[where : where + values.nbytes] = values.tobytes()
+            destination = memory()
+            if destination is None:
+                raise RaceError("output memory was freed before the copy of a result took place")
+            destination[where : where + values.nbytes] = values.tobytes()
 
         device.submit(copy)
         return out
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
         if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
-            raise TypeError(f"only a NumPy array of {self.dtype} and shape {self.shape} can be set")
+            raise TypeError(f"set: expected a NumPy array of {self.dtype} with shape {self.shape}")
         if not self._a.flags.c_contiguous:
             raise RuntimeError("Cannot set to non-contiguous array")
         self._a[...] = arr
@@ -427,7 +427,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
     # Indexing
 
     def __getitem__(self, index: Any) -> ndarray:
-        index = _whole(_index(index))
+        index = _with_ellipsis(_index(index))
         result = self._a[index]
         if any(x.dtype == bool for x in _arrays(index)):
             device.sync()
@@ -437,7 +437,7 @@ class ndarray:  # noqa: N801 (it is called so in every array library)
     def __setitem__(self, index: Any, values: Any) -> None:
         if not isinstance(values, ndarray | int | float | np.generic):
             raise TypeError(f"Unsupported type {type(values)}")
-        index = _whole(_index(index))
+        index = _with_ellipsis(_index(index))
         if any(x.dtype.kind in "iu" for x in _arrays(index)):
             places = np.arange(self._a.size).reshape(self._a.shape)[index]
             if np.unique(places).size != places.size:
@@ -504,7 +504,7 @@ class Event:
 
     def synchronize(self) -> None:
         if GPU.get_current() != self._gpu:
-            raise AssertionError(f"a wait of a thread with GPU {GPU.get_current()} would make a context on that GPU")
+            raise AssertionError(f"this wait would create a context on the current GPU, {GPU.get_current()}")
         device.waits += 1
         device.finish(self._number)
 
@@ -512,7 +512,7 @@ class Event:
 class Stream:
     """A stream. All streams share one queue of copies, in launch order.
 
-    others_seen  how many launches had been made when another stream recorded the event that this one last waited for.
+    others_seen  number of launches when another stream recorded the event for which this stream last waited.
     """
 
     _made = 0
@@ -536,7 +536,7 @@ class Stream:
         return self
 
     def wait_event(self, event: Event) -> None:
-        """Work that was launched before the event precedes later work in any stream, except for launch_beside."""
+        """Wait for an event. All streams run in launch order, so only work of launch_beside is left to complete."""
         if not event._number:
             raise CUDARuntimeError("waiting for an event that was not recorded has no effect")
         if event._stream is self:
@@ -558,7 +558,7 @@ class Stream:
 
 
 class GPU:
-    """One of the devices, which all have the properties of an H200. Each thread has a current one, initially 0."""
+    """A device with the properties of an H200. Each thread has a current device, initially 0."""
 
     compute_capability = "90"
     current = threading.local()
@@ -593,7 +593,7 @@ class RawModule:
 
 
 class RawKernel:
-    """A kernel, which runs when it is launched; the simulator checks its arguments."""
+    """A kernel, which runs immediately when launched. The simulator checks its arguments."""
 
     def __init__(self, function: cudasim.Function, cluster: int, cooperative: bool):
         object.__setattr__(self, "_function", function)
@@ -615,7 +615,7 @@ class RawKernel:
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Any, *, shared_mem: int = 0) -> None:
         if not isinstance(grid, tuple) or not isinstance(block, tuple):
-            raise TypeError("the grid and the block are tuples")
+            raise TypeError("cupy.RawKernel expects the grid and the block as tuples")
         if self.cooperative and grid[0] > (most := device.blocks * PROCESSORS):
             raise AssertionError(f"CuPy would launch {most} of {grid[0]} blocks, with a warning")
         device.launches += 1
@@ -623,7 +623,7 @@ class RawKernel:
 
 
 class Driver:
-    """The functions in the driver's library that CuPy does not wrap."""
+    """The functions of the CUDA driver that CuPy does not wrap."""
 
     def cuOccupancyMaxActiveClusters(self, count: Any, function: Any, config: Any) -> int:
         size = config._obj
@@ -636,7 +636,7 @@ class Driver:
 
 
 class CUDARuntimeError(RuntimeError):
-    """The error that the runtime raises."""
+    """The error that the CUDA runtime raises."""
 
 
 def alloc_pinned_memory(size: int) -> PinnedMemory:
@@ -647,7 +647,7 @@ def alloc_pinned_memory(size: int) -> PinnedMemory:
 def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Milliseconds between two completed events."""
     if not (start_event.timed and end_event.timed):
-        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: an event without timing")
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: timing is disabled for an event")
     if not (start_event.done and end_event.done):
         raise CUDARuntimeError("cudaErrorNotReady: device not ready")
     return (end_event._time - start_event._time) * 1e3
@@ -655,7 +655,7 @@ def get_elapsed_time(start_event: Event, end_event: Event) -> float:
 
 class _MemoryPool:
     def free_all_blocks(self) -> None:
-        """There is no memory pool here."""
+        """Do nothing, since the stand-in has no memory pool."""
 
 
 class Library:
@@ -679,7 +679,7 @@ class Library:
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
             getDevice=GPU.get_current,
-            # Few processors, to keep the simulator fast.
+            # A small number of multiprocessors keeps the simulator fast.
             deviceGetAttribute=lambda attribute, device_id: {16: 16, 75: 9, 97: 227 << 10}[attribute],
             deviceGetPCIBusId=lambda device_id: "0000:00:00.0",
             memGetInfo=lambda: (3 << 30, 4 << 30),
@@ -734,7 +734,7 @@ class _Ufunc:
 
 
 def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A function of the library that is not a universal function."""
+    """Call a function of the library that is not a universal function."""
     first = args[0]
     if name in FROM_HOST and not isinstance(first, ndarray):
         device.launches += 1
@@ -744,8 +744,8 @@ def _function(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]
     else:
         wrong = [] if name in WITHOUT_INPUT or isinstance(first, ndarray) else [first]
     if wrong:
-        raise TypeError(f"cupy.{name}: expected arrays of the device, got {type(wrong[0])}")
-    if name == "split":  # the positions to split at are on the host
+        raise TypeError(f"cupy.{name}: expected device arrays, got {type(wrong[0])}")
+    if name == "split":  # the split positions are on the host
         return _call(name, lambda a: function(a, *args[1:], **kwargs), (first,), {})
     result = _call(name, function, args, kwargs)
     return first if name in FROM_HOST and result._a is first._a else result
@@ -757,10 +757,10 @@ library = Library()
 
 @contextmanager
 def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
-    """Inside this context the stand-in is the device "cuda"; yields its counters.
+    """Inside this context, the stand-in is the device "cuda". Yields its counters.
 
-    real   the module cupy, to check names and arguments against.
-    plain  use only reference.py, with the same bits as on the CPU; else run the CUDA kernels in the simulator.
+    real   the module cupy, against which names and arguments are checked.
+    plain  use only reference.py, with the same bits as on the CPU; otherwise, run the CUDA kernels in the simulator.
     """
     named, by_type, driver = dict(backend._backends), dict(backend._by_type), cuda.driver
     device.reset()
@@ -771,7 +771,7 @@ def registered(real: Any = None, plain: bool = True) -> Iterator[Device]:
         yield device
     finally:
         device.real = None
-        device._queue.clear()  # copies that were never waited for
+        device._queue.clear()  # discard copies that were never waited for
         cuda.driver = driver
         for registry, before in ((backend._backends, named), (backend._by_type, by_type)):
             registry.clear()

@@ -1,4 +1,4 @@
-"""The simulator detects the faults that it is meant for: each kind is injected here in a small kernel."""
+"""The simulator detects the kinds of faults that it is designed for. Each is injected into a small kernel."""
 
 import re
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow  # about twenty kernels are compiled
 
 COMMON = (cuda.FOLDER / "common.cuh").read_text(encoding="utf-8")
 KERNELS = """
-extern "C" __global__ void reverse(float* y, const float* x) {  // within a block, through shared memory
+extern "C" __global__ void reverse(float* y, const float* x) {  // reverses a block through shared memory
   __shared__ float kept[128], spare;
   kept[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
@@ -33,7 +33,7 @@ extern "C" __global__ void total(float* y, const float* x) {
   float all = sum<4>(x[128 * blockIdx.x + threadIdx.x]);
   if (threadIdx.x == 0) y[blockIdx.x] = all;
 }
-extern "C" __global__ void copies(float* y, const float* x) {  // four groups of 16 bytes, the oldest two awaited
+extern "C" __global__ void copies(float* y, const float* x) {  // waits for two of four copies
   DYN_SMEM(float, kept);
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; i++) {
@@ -52,7 +52,7 @@ extern "C" __global__ void pack(float* y, const float* x) {
 extern "C" __global__ void scalars(float* y, int n, long long m, float a, unsigned u, const float* x) {
   y[0] = x ? -1.0f : n + m + a + u;
 }
-extern "C" __global__ void around(float* y, const float* x, int* turn) {  // each block waits for the one before
+extern "C" __global__ void around(float* y, const float* x, int* turn) {  // each block waits for the previous one
   DYN_SMEM(float, kept);
   if (threadIdx.x == 0) {
     while (*(volatile int*)turn != blockIdx.x) backoff();
@@ -64,7 +64,7 @@ extern "C" __global__ void around(float* y, const float* x, int* turn) {  // eac
     *(volatile int*)turn = blockIdx.x + 1;
   }
 }
-extern "C" __global__ void swap(float* y, const float* x) {  // two blocks of a cluster, through each other's memory
+extern "C" __global__ void swap(float* y, const float* x) {  // two blocks of a cluster exchange values
   DYN_SMEM(float, kept);
   cluster_barrier<2>();
   if (threadIdx.x == 0) *in_block<2>(kept, 1 - blockIdx.x % 2) = x[blockIdx.x];
@@ -83,10 +83,10 @@ def run(name, *arguments, code=KERNELS, grid=1, block=128, shared_mem=0, schedul
         cudasim.schedule = before
 
 
-def injected(name, fault, repair=""):
-    """The source of one kernel (and what it calls) with a fault in it."""
+def injected(name, fault, replacement=""):
+    """The source of the kernels with a fault injected."""
     assert re.search(fault, KERNELS)
-    return re.sub(fault, repair, KERNELS)
+    return re.sub(fault, replacement, KERNELS)
 
 
 def results(name, code, x, size, **options):
@@ -101,7 +101,7 @@ def results(name, code, x, size, **options):
 X = np.arange(256, dtype=np.float32)
 
 
-def test_correct_kernels_pass_in_every_schedule():
+def test_correct_kernels_pass_with_every_schedule():
     for y in results("reverse", KERNELS, X, 128):
         np.testing.assert_array_equal(y, X[:128][::-1])
     for y in results("total", KERNELS, X, 2, grid=2):
@@ -118,10 +118,10 @@ def test_a_missing_barrier_is_detected(name):
     code = injected(name, r"__syncthreads\(\);")
     outputs = results(name, code, X, len(good), grid=1)
     assert not all(np.array_equal(y, good, equal_nan=True) for y in outputs)
-    assert np.isnan(np.concatenate(outputs)).sum() > np.isnan(good).sum(), "static shared memory starts as NaN"
+    assert np.isnan(np.concatenate(outputs)).sum() > np.isnan(good).sum(), "static shared memory must start as NaN"
 
 
-def test_shared_memory_of_the_previous_block_is_cleared():
+def test_shared_memory_of_the_previous_block_is_overwritten_with_nan():
     code = injected(
         "reverse", r"kept\[threadIdx.x\] = x\[threadIdx.x\];", "if (blockIdx.x == 0) kept[threadIdx.x] = 1;"
     )
@@ -135,9 +135,9 @@ def test_shared_memory_of_the_previous_block_is_cleared():
     [
         ("reverse", r"  __syncthreads", "  if (threadIdx.x < 32) __syncthreads", None),
         ("total", r"v = warp_sum\(v\)", "if (threadIdx.x % 2) v = warp_sum(v)", "deadlock|exited|different"),
-        ("total", r"v = warp_sum\(v\)", "v += __shfl_xor_sync(0x7fffffffu, v, 16)", "leaves it out|does not name"),
+        ("total", r"v = warp_sum\(v\)", "v += __shfl_xor_sync(0x7fffffffu, v, 16)", "does not contain"),
         ("total", r"v = warp_sum\(v\)", "v += threadIdx.x % 2 ? __shfl_sync(~0u, v, 0) : (__syncwarp(), v)", "differ"),
-        ("copies", r"cp_async_wait<0>\(\);", "", "not waited for"),
+        ("copies", r"cp_async_wait<0>\(\);", "", "without waiting for its cp.async"),
         ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(kept + 2 * i + 1", "multiple of 16"),
         ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(kept + 8 * i", "outside shared memory"),
         ("copies", r"cp_async16\(kept \+ 4 \* i", "cp_async16(y + 4 * i", "outside shared memory"),
@@ -146,22 +146,22 @@ def test_shared_memory_of_the_previous_block_is_cleared():
     ],
     ids=[
         "divergent barrier",
-        "half a warp",
-        "lane left out",
-        "mixed",
-        "not waited for",
-        "cp.async",
-        "past shared memory",
-        "to an array",
-        "past the array",
-        "16 bytes",
+        "half of a warp",
+        "lane missing in mask",
+        "different collectives",
+        "copy never waited for",
+        "misaligned copy",
+        "copy past shared memory",
+        "copy to global memory",
+        "copy past the array",
+        "misaligned load",
     ],
 )
-def test_a_hang_or_fault_stops_with_a_message(name, fault, instead, message):
+def test_a_hang_or_an_invalid_access_is_reported(name, fault, instead, message):
     arguments = {"copies": {"block": 32, "shared_mem": 64}, "pack": {"block": 32}}.get(name, {})
     code = injected(name, fault, instead)
     y = np.zeros(128, np.float32)
-    if message is None:  # a barrier that some warps skip: a GPU may continue with wrong numbers
+    if message is None:  # some warps skip a barrier: a GPU may continue with wrong results
         outputs = results(name, code, X, 128)
         assert not all(np.array_equal(y, X[:128][::-1]) for y in outputs)
         return
@@ -169,7 +169,7 @@ def test_a_hang_or_fault_stops_with_a_message(name, fault, instead, message):
         run(name, y, X, code=code, **arguments)
 
 
-def test_blocks_that_wait_for_each_other_run_in_every_schedule():
+def test_blocks_that_wait_for_each_other_run_with_every_schedule():
     for schedule in range(6):
         y, turn = np.full(5, np.nan, np.float32), np.zeros(1, np.int32)
         run("around", y, X, turn, grid=5, block=64, shared_mem=4, schedule=schedule)
@@ -181,7 +181,8 @@ def test_blocks_that_wait_for_each_other_run_in_every_schedule():
 def test_a_missing_cluster_barrier_is_detected():
     last = injected("swap", r"(kept, 1 - blockIdx.x % 2\) = x\[blockIdx.x\];\n  )cluster_barrier<2>\(\);", r"\1")
     y = np.zeros(6, np.float32)
-    with pytest.raises(RuntimeError, match="has not begun, or has ended"):  # the second block ends before the first
+    # The second block finishes before the first.
+    with pytest.raises(RuntimeError, match="has not started, or has finished"):
         run("swap", y, X, code=last, grid=6, block=32, shared_mem=4, schedule=1)
 
 
@@ -190,12 +191,12 @@ def test_a_missing_cluster_barrier_is_detected():
     [
         ("around", r"blockIdx.x\) backoff", "blockIdx.x + 1) backoff", "deadlock: .* waiting for another block"),
         ("around", r"DYN_SMEM\(float, kept\)", "__shared__ float kept[1]", "static shared memory"),
-        ("swap", r"cluster_barrier<2>\(\);", "", "has not begun, or has ended"),
-        ("swap", r"in_block<2>\(kept", "in_block<2>(kept + 1", "a place outside shared memory"),
-        ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "not a multiple of a cluster"),
+        ("swap", r"cluster_barrier<2>\(\);", "", "has not started, or has finished"),
+        ("swap", r"in_block<2>\(kept", "in_block<2>(kept + 1", "an address outside shared memory"),
+        ("swap", r"cluster_barrier<2>", "cluster_barrier<4>", "not a multiple of the cluster size"),
     ],
 )
-def test_blocks_that_would_wait_forever_stop_with_a_message(name, fault, instead, message):
+def test_faults_in_communication_between_blocks_are_reported(name, fault, instead, message):
     turn = [np.zeros(1, np.int32)] if name == "around" else []
     code, y = injected(name, fault, instead), np.zeros(6, np.float32)
     with pytest.raises(RuntimeError, match=message):
@@ -216,7 +217,7 @@ def test_a_short_copy_is_padded_with_zeros():
     np.testing.assert_array_equal(y, [0, 0, 0, 0, 4, 5, 0, 0])
 
 
-def test_scalars_are_passed_and_none_is_the_null_pointer():
+def test_scalars_are_passed_by_type_and_none_as_a_null_pointer():
     y = np.zeros(1, np.float32)
     good = (y, np.int32(1), np.int64(20), np.float32(300.5), np.uint32(4000), None)
     run("scalars", *good)
@@ -247,7 +248,7 @@ def test_a_launch_that_no_gpu_supports_is_rejected():
     run("reverse", y, X, code=bounded, block=96)
 
 
-def test_no_block_has_more_shared_memory_than_the_gpu(monkeypatch):
+def test_shared_memory_beyond_the_limit_is_rejected(monkeypatch):
     kernel = cudasim.RawModule(code=COMMON + KERNELS, options=("-DREAL=float",)).get_function("reverse")
     kernel.max_dynamic_shared_size_bytes = 227 << 10
     monkeypatch.setattr(cudasim, "shared_memory", 99 << 10)

@@ -1,4 +1,4 @@
-"""PTX instructions on the CPU follow NVIDIA's document, and reveal errors that the source-level simulator misses."""
+"""PTX instructions on the CPU follow NVIDIA's specification, and reveal errors that cudasim misses."""
 
 import types
 
@@ -94,15 +94,15 @@ def run(body):
     return memory[0], memory[1:].view(np.float32)[0]
 
 
-def test_instructions():
+def test_every_instruction_gives_its_result():
     for body, expected in INSTRUCTIONS.items():
-        whole, fraction = run(body)
-        found = fraction if isinstance(expected, float) else whole
+        integer, fraction = run(body)
+        found = fraction if isinstance(expected, float) else integer
         assert found == expected, body
 
 
-def test_an_unknown_instruction_is_named():
-    with pytest.raises(NotImplementedError, match=r"PTX: frobnicate.b32 %r2, %r1"):
+def test_an_unknown_instruction_is_rejected_by_name():
+    with pytest.raises(NotImplementedError, match=r"not supported: frobnicate.b32 %r2, %r1"):
         run("frobnicate.b32 %r2, %r1;")
 
 
@@ -115,13 +115,13 @@ def test_an_unknown_instruction_is_named():
         ("trap;", "__trap"),
     ],
 )
-def test_an_error_on_a_gpu_stops_with_a_message(body, message):
+def test_an_error_on_a_gpu_is_reported(body, message):
     with pytest.raises(RuntimeError, match=message):
         run(body)
 
 
 def attention(monkeypatch, fault=None):
-    """The norm-wise error of the flash attention kernel's PTX, with a part of common.cuh replaced."""
+    """The norm-wise error of the flash attention kernel's PTX, optionally with a part of common.cuh replaced."""
     source = cuda.source("attention_forward")
     if fault:
         assert source.count(fault[0]) == 1
@@ -152,11 +152,11 @@ def test_the_compiled_kernel_is_correct(monkeypatch):
         ("x4.shared.b16 {%0,%1,%2,%3}", "x4.shared.b16 {%0,%2,%1,%3}"),
         ('"cp.async.wait_group %0;" ::"n"(N)', '"cp.async.wait_group %0;" ::"n"(N + 1)'),
     ],
-    ids=["the halves of a pair", "the halves of b", "not transposed", "two of four matrices", "waits for too few"],
+    ids=["swapped halves", "swapped b registers", "not transposed", "swapped matrices", "waits for too few copies"],
 )  # fmt: skip
 def test_faults_in_inline_ptx_are_detected(monkeypatch, fault):
     try:
         error = attention(monkeypatch, fault)
     except RuntimeError:
-        return  # a copy that nobody waits for
+        return  # a copy that is never waited for
     assert not error < 4e-3

@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process, for tests of what ranks compute."""
+"""Ranks as threads of one process, for tests of what the ranks compute."""
 
 import threading
 from concurrent.futures import Future
@@ -68,7 +68,7 @@ class ThreadComm:
 
 
 def on_ranks(size, function):
-    """[function(comm) for each rank], run concurrently."""
+    """Run function(comm) for all ranks concurrently. Returns the results by rank."""
     board, barrier = [None] * size, threading.Barrier(size, timeout=20)
     results, errors = [None] * size, []
 

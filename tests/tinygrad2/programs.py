@@ -1,8 +1,8 @@
 """Random programs, computed with this project, NumPy and PyTorch in float64.
 
-A program has a few leaves of any shape, and operations on earlier results, so that results are used several times, as
-views and through views. It is drawn by a function draw(choices), so that either hypothesis can draw it, and shrink it
-if it fails, or a random number generator, which is faster.
+A program has a few leaves of any shape, and operations on earlier results, so that results are used several times,
+directly and through views. A function draw(choices) makes the random choices. It can use hypothesis, which shrinks
+failing programs, or a random number generator, which is faster.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 from tinygrad2 import Tensor, functional
 
-Draw = Callable[[Sequence[Any]], Any]  # one of the choices
+Draw = Callable[[Sequence[Any]], Any]  # returns one of the choices
 LENGTHS = (1, 2, 3, 0)
 LARGE = 1e3  # larger values are reduced by tanh, so that programs do not lose precision
 
 
 class Operation(NamedTuple):
-    """ours(x..., *drawn), theirs(torch, x..., *drawn), and numpys(x..., *drawn) for NumPy arrays, or None.
+    """An operation: ours(x..., *drawn), theirs(torch, x..., *drawn), and numpys(x..., *drawn), or None.
 
-    draws  draw(draw, x...) -> the other arguments, or None if the operation does not support these operands.
+    draws  draws(draw, x...) -> the other arguments, or None if the operation does not support these operands.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _filled_axis(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
 
 
 def _axes(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """(axes, whether they are kept): some axes, in any order, or all of them."""
+    """(some or all axes in any order, keepdims)."""
     chosen = tuple(i for i in range(x.ndim) if draw((True, False)))
     return (chosen or tuple(range(x.ndim)))[:: draw((1, -1))], draw((False, True))
 
@@ -111,7 +111,7 @@ def _order(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
 
 
 def _new_shape(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """Another shape with the same number of elements: an axis of length 1 added, two axes merged, or all."""
+    """Another shape with the same number of elements: with a new axis of length 1, with two axes merged, or flat."""
     shape = list(x.shape)
     if draw((True, False)):
         shape.insert(draw(range(len(shape) + 1)), 1)
@@ -129,7 +129,7 @@ def _wider(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
 
 
 def _index(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """Any kind of index, but without negative steps, and with arrays instead of lists, as PyTorch requires."""
+    """Any kind of index that PyTorch supports: without negative steps, and with arrays instead of lists."""
     if draw((False, False, True)):
         return (_mask(draw, x.shape[: draw(range(x.ndim + 1))]),)
     items: list[Any] = []
@@ -161,8 +161,11 @@ def _places(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
 
 
 def _for_torch(t: Any, index: Any) -> Any:
-    """The index for PyTorch, which applies an integer before the arrays of the index. For NumPy the integer is one of
-    them, which gives another order of axes in x[0, :, [1, 2]]; an array of one element is one of them for both."""
+    """Convert an index for PyTorch.
+
+    PyTorch applies an integer before the arrays of the index. NumPy treats it as one of these arrays, which gives a
+    different order of axes for x[0, :, [1, 2]]. Both libraries treat an array of one element in the same way.
+    """
     if isinstance(index, tuple):
         if any(isinstance(i, np.ndarray) and i.ndim for i in index):
             index = tuple(np.array([i]) if isinstance(i, int) else i for i in index)
@@ -304,9 +307,9 @@ OPERATIONS = [
 
 class Step(NamedTuple):
     operation: Operation
-    operands: tuple[int, ...]  # leaves and results by their numbers
+    operands: tuple[int, ...]  # numbers of leaves and earlier results
     drawn: tuple[Any, ...]
-    tamed: bool  # by tanh
+    tamed: bool  # whether tanh is applied to the result
 
 
 class Program(NamedTuple):
@@ -328,12 +331,12 @@ def draw_program(draw: Draw) -> Program:
     leaves = []
     for _ in range(draw((2, 1, 3))):
         shape = tuple(draw(LENGTHS) for _ in range(draw((2, 1, 3, 0))))
-        generator, kind = np.random.default_rng(draw(range(64))), draw(("float", "float", "whole", "int64", "bool"))
+        generator, kind = np.random.default_rng(draw(range(64))), draw(("float", "float", "integral", "int64", "bool"))
         values = generator.normal(size=shape) if kind == "float" else generator.integers(-2, 3, shape)
         leaves.append(np.asarray(values, dtype=kind if kind in ("int64", "bool") else np.float64))
     if all(x.dtype != np.float64 for x in leaves):
         leaves[0] = leaves[0].astype(np.float64)
-    values = [x.astype(np.float64) for x in leaves]  # as they are used, see `run`
+    values = [x.astype(np.float64) for x in leaves]  # as they are used; see `failure`
     steps: list[Step] = []
     for _ in range(draw(range(1, 9))):
         operation = draw(OPERATIONS)
@@ -359,9 +362,9 @@ def run(program: Program, leaves: Sequence[Any], apply: Callable[..., Any]) -> l
 
 
 def failure(program: Program, torch: Any | None) -> str | None:
-    """What is wrong with this project's values (and gradients, if PyTorch is given), or None.
+    """A description of the first wrong value (or gradient, if PyTorch is given) of this project, or None.
 
-    Integers and booleans become floats by promotion, as they are multiplied by 1.0.
+    Integers and booleans are multiplied by 1.0, which promotes them to floats.
     """
     leaves = [Tensor(x, requires_grad=True) if x.dtype == np.float64 else Tensor(x) for x in program.leaves]
     inputs = [x if x.requires_grad else x * np.float64(1) for x in leaves]
@@ -391,7 +394,7 @@ def failure(program: Program, torch: Any | None) -> str | None:
 
 
 def difference(got: np.ndarray, expected: np.ndarray) -> str | None:
-    """How two arrays differ: in shape, dtype, or by more than rounding errors; None if they do not."""
+    """How two arrays differ (in shape, in dtype, or by more than rounding errors), or None if they agree."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {got.shape}; expected {expected.dtype} {expected.shape}"
     scale = max(1.0, np.nanmax(np.abs(expected), initial=0.0))
@@ -401,5 +404,5 @@ def difference(got: np.ndarray, expected: np.ndarray) -> str | None:
 
 
 def from_generator(generator: np.random.Generator) -> Draw:
-    """draw(choices) with a random number generator."""
+    """A function draw(choices) that uses a random number generator."""
     return lambda choices: choices[int(generator.integers(len(choices)))]

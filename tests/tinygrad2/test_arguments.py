@@ -1,4 +1,4 @@
-"""Type promotion, and errors for invalid arguments."""
+"""Type promotion, and error messages for invalid arguments."""
 
 import operator
 
@@ -38,7 +38,7 @@ def test_integers_and_floats_give_floats(function, dtype, other, expected):
         np.testing.assert_allclose(y.numpy(), want, rtol=1e-6)
 
 
-def test_the_gradient_of_a_float_combined_with_integers():
+def test_the_gradient_of_a_float_tensor_combined_with_integers():
     x = tensor("float32", requires_grad=True)
     (Tensor(INTEGERS) * x + Tensor(BOOLEANS)).sum().backward()
     np.testing.assert_array_equal(x.grad, INTEGERS)
@@ -47,7 +47,7 @@ def test_the_gradient_of_a_float_combined_with_integers():
 
 @pytest.mark.parametrize("a", ["bool", "uint8", "int8", "int32", "int64"])
 @pytest.mark.parametrize("b", ["bool", "uint8", "int8", "int32", "int64"])
-def test_two_integer_types_give_the_type_of_numpy(a, b):
+def test_two_integer_types_are_promoted_as_in_numpy(a, b):
     x, y = tensor(a), tensor(b)
     for got in (x + y, x + y.data, x.data + y):
         assert got.dtype == np.promote_types(a, b)
@@ -56,7 +56,7 @@ def test_two_integer_types_give_the_type_of_numpy(a, b):
     np.testing.assert_allclose(quotient.numpy(), x.data / y.data, rtol=1e-6)
 
 
-def test_a_python_integer_gets_the_integer_dtype():
+def test_a_python_integer_takes_the_dtype_of_the_tensor():
     assert (tensor("uint8") + 2).dtype == "uint8"
     assert (2 + tensor("bool")).dtype == "int64"
     with pytest.raises(OverflowError, match=r"^\*: 300 does not fit in the other operand's dtype, uint8$"):
@@ -75,7 +75,7 @@ def test_a_float32_tensor_keeps_its_dtype_with_a_float64_array():
 
 
 @pytest.mark.parametrize("values", [INTEGERS, BOOLEANS, INTEGERS.astype("int8")])
-def test_functions_of_integers_are_float32(values):
+def test_functions_of_integers_return_float32(values):
     x = Tensor(values)
     for got, expected in (
         (x.exp(), np.exp(values)),
@@ -89,7 +89,7 @@ def test_functions_of_integers_are_float32(values):
         np.testing.assert_allclose(got.numpy(), np.asarray(expected, "float64"), rtol=2e-3)
 
 
-def test_functions_of_integers_that_stay_integers():
+def test_functions_of_integers_that_return_integers():
     x = Tensor(INTEGERS)
     for got, expected in ((-x, -INTEGERS), (x**2, INTEGERS**2), (x.sum(), 9), (x.max(), 6), (x @ INTEGERS, 41)):
         assert got.dtype == "int64"
@@ -129,7 +129,7 @@ def test_functions_of_integers_that_stay_integers():
         (
             lambda i, b: i.reshape(2, 2),
             ValueError,
-            r"^reshape: the tensor has shape \(3,\), 3 elements; they do",
+            r"^reshape: the tensor has shape \(3,\), 3 elements, which do",
         ),
         (lambda i, b: i.reshape(-1, -1), ValueError, r"^reshape: the tensor has shape \(3,\)"),
         (lambda i, b: i.reshape(3.0), TypeError, r"^reshape: the arguments are 3.0; expected integers, or a tuple"),
@@ -154,14 +154,14 @@ def test_functions_of_integers_that_stay_integers():
         (lambda i, b: len(i[0]), TypeError, r"^len\(\): the tensor has shape \(\), which has no length$"),
     ],
 )
-def test_an_invalid_argument_is_named(function, error, message):
+def test_an_invalid_argument_is_described(function, error, message):
     with pytest.raises(error, match=message):
         function(Tensor(INTEGERS), Tensor(BOOLEANS))
 
 
 @pytest.mark.parametrize("axis", [0, -1, (), (0,), None])
 @pytest.mark.parametrize("name", ["sum", "mean", "max"])
-def test_axes_0_and_minus_1_of_a_tensor_without_axes(name, axis):
+def test_zero_d_tensors_accept_axes_0_and_minus_1(name, axis):
     x = Tensor(np.array(3.0), requires_grad=True)
     y = getattr(x, name)(axis)
     assert (y.item(), y.shape) == (3.0, ())

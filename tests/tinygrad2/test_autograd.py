@@ -15,7 +15,7 @@ def leaf(values, dtype="float64"):
 
 
 def scale(x, factor, seen=None):
-    """factor x, with into() if `seen` is None, else with a returned gradient that is appended to `seen`."""
+    """factor * x. The backward pass uses into() if `seen` is None, else returns a gradient and appends it to `seen`."""
 
     def backward(saved, dy, into):
         if seen is None:
@@ -47,7 +47,7 @@ def test_a_diamond_of_diamonds():
 
 
 @pytest.mark.parametrize("into", [False, True])
-def test_the_same_tensor_twice(into):
+def test_using_the_same_tensor_twice(into):
     x = leaf([[1.0, 2.0], [3.0, 4.0]])
     y = scale(x, 1.0) if into else x
     (y @ y).sum().backward()
@@ -57,7 +57,7 @@ def test_the_same_tensor_twice(into):
 
 @pytest.mark.parametrize("times", [1, 2, 3, 4])
 def test_a_borrowed_gradient_is_never_written_to(times):
-    """dy of an addition is shared by both operands; several contributions are summed in another array."""
+    """Both operands of an addition share dy. Several contributions are summed in a separate array."""
     seen = []
     x = leaf([1.0, 2.0])
     h = scale(x, 1.0)
@@ -70,7 +70,7 @@ def test_a_borrowed_gradient_is_never_written_to(times):
     np.testing.assert_array_equal(x.grad, [times * (times + 1) / 2] * 2)
 
 
-def test_x_plus_x_leaves_the_incoming_gradient_alone():
+def test_x_plus_x_does_not_change_the_incoming_gradient():
     x, dy = leaf([1.0, 2.0]), np.array([3.0, 5.0])
     h = scale(x, 1.0)
     (h + h).backward(dy)
@@ -89,7 +89,7 @@ def test_a_leaf_never_shares_memory_with_the_incoming_gradient():
     assert not np.shares_memory(x.grad, dy)
 
 
-def test_residual_fan_out():
+def test_gradients_of_residual_connections():
     x, dy = leaf([1.0, 2.0]), np.array([1.0, -1.0])
     h = scale(x, 1.0)
     s = h + scale(h, 2.0)
@@ -100,7 +100,7 @@ def test_residual_fan_out():
 
 
 @pytest.mark.parametrize("order", [(True, False), (False, True), (True, True), (False, False, True, True)])
-def test_buffers_and_returned_gradients_mix(order):
+def test_buffers_and_returned_gradients_are_summed(order):
     x = leaf([1.0, 2.0])
     h = scale(x, 1.0)
     parts = [scale(h, 10.0**i, [] if returned else None) for i, returned in enumerate(order)]
@@ -111,7 +111,7 @@ def test_buffers_and_returned_gradients_mix(order):
     np.testing.assert_array_equal(x.grad, [sum(10.0**i for i in range(len(order)))] * 2)
 
 
-def test_a_deep_graph_needs_no_recursion():
+def test_backward_through_a_deep_graph_does_not_recurse():
     x = leaf([1.0])
     y = x
     for _ in range(20_000):
@@ -120,21 +120,21 @@ def test_a_deep_graph_needs_no_recursion():
     assert x.grad == 1
 
 
-def test_a_deep_graph_is_dropped_without_recursion():
+def test_freeing_a_deep_graph_does_not_recurse():
     y = leaf([1.0])
     for _ in range(50_000):
         y = scale(y, 1.0)
     del y
 
 
-def test_a_second_backward_raises_and_says_what_to_do():
+def test_a_second_backward_raises_a_helpful_error():
     x = leaf([1.0])
     h = x * 2
     y, z = h * 3, h * 5
     y.sum().backward()
     with pytest.raises(RuntimeError, match=r"an earlier backward\(\).*run the forward pass again, or add the losses"):
         z.sum().backward()
-    assert x.grad == 6  # the failed pass added nothing
+    assert x.grad == 6  # the failed backward pass has added nothing
 
 
 def test_gradients_of_several_backward_passes_are_summed():
@@ -144,7 +144,7 @@ def test_gradients_of_several_backward_passes_are_summed():
     assert x.grad == 5
 
 
-def test_saved_data_is_freed_after_the_backward_pass():
+def test_saved_data_is_freed_by_the_backward_pass():
     x = leaf([1.0])
     big = np.ones(1000)
     alive = weakref.ref(big)
@@ -165,7 +165,7 @@ def test_no_grad_records_nothing():
         y.backward()
 
 
-def test_no_grad_ends_after_an_exception_and_nests():
+def test_no_grad_is_reset_after_an_exception_and_can_be_nested():
     x = leaf([1.0])
     with pytest.raises(KeyError), no_grad():
         raise KeyError
@@ -177,14 +177,14 @@ def test_no_grad_ends_after_an_exception_and_nests():
     assert autograd.is_recording()
 
 
-def test_constants_are_not_recorded():
+def test_operations_on_constants_are_not_recorded():
     a = Tensor(np.ones(3))
     assert not (a * a + 1).requires_grad
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_no_reference_cycle(case):
-    """When the last Tensor is freed, so are the arrays, without the garbage collector."""
+def test_operations_create_no_reference_cycle(case):
+    """Freeing the last Tensor frees the arrays, without the garbage collector."""
     random = np.random.default_rng(0)
     inputs = [Tensor(np.array(case.draw(random, shape), float), requires_grad=True) for shape in case.shapes]
     gc.disable()
@@ -198,7 +198,7 @@ def test_no_reference_cycle(case):
         gc.enable()
 
 
-def test_hooks_fire_once_after_the_last_contribution():
+def test_a_hook_runs_once_after_the_last_contribution():
     x, unused = leaf([1.0, 2.0]), leaf([1.0])
     events = []
     x.leaf.on_final = lambda: events.append(x.grad.copy())
@@ -211,7 +211,7 @@ def test_hooks_fire_once_after_the_last_contribution():
     assert len(events) == 3
 
 
-def test_hooks_fire_for_a_leaf_whose_branch_got_no_gradient():
+def test_a_hook_runs_for_a_leaf_whose_branch_has_no_gradient():
     x = leaf([1.0, 2.0])
     events = []
     x.leaf.on_final = lambda: events.append(x.grad)
@@ -222,7 +222,7 @@ def test_hooks_fire_for_a_leaf_whose_branch_got_no_gradient():
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (1, 1)])
-def test_unused_results_give_none(used):
+def test_the_gradient_of_an_unused_result_is_none(used):
     got = []
 
     def backward(saved, dy, into):
@@ -241,7 +241,7 @@ def test_unused_results_give_none(used):
 
 
 @pytest.mark.parametrize("times", [2, 3, 4])
-def test_gradients_without_axes_are_summed(times):
+def test_zero_d_gradients_are_summed(times):
     x = leaf(3.0)
     h = scale(x, 1.0, [])
     total = h
@@ -254,15 +254,15 @@ def test_gradients_without_axes_are_summed(times):
 
 
 def test_into_is_none_if_no_gradient_is_needed():
-    asked = []
+    buffers = []
 
     def backward(saved, dy, into):
-        asked.append(into(1))
+        buffers.append(into(1))
         return dy, dy
 
     x, constant = leaf([1.0]), Tensor(np.ones(1))
     record(x.data + constant.data, (x, constant), backward).backward()
-    assert asked == [None]
+    assert buffers == [None]
     assert x.grad == 1
 
 
@@ -298,14 +298,14 @@ def test_the_results_of_a_backward_function_are_checked(returned, error, message
         y.sum().backward()
 
 
-def test_a_scalar_is_a_gradient_of_a_tensor_without_axes():
+def test_a_backward_function_may_return_a_scalar_for_a_zero_d_tensor():
     x = leaf(3.0)
     record(x.data * 1, (x,), lambda saved, dy, into: (np.float64(2.0),)).backward()
     assert x.grad == 2
     assert isinstance(x.grad, np.ndarray)
 
 
-def test_the_fixture_for_saved_arrays_detects_a_write():
+def test_the_fixture_saved_is_read_only_detects_writes():
     x = leaf([1.0, 2.0])
     inner = np.ones(2)
 
@@ -321,7 +321,7 @@ def test_the_fixture_for_saved_arrays_detects_a_write():
         y = record(x.data * 1, (x,), writes(where), saved=(x.data, (inner,)))
         with pytest.raises(ValueError, match="read-only"):
             y.backward(np.ones(2))
-    x.data[...] = 5  # the views are read-only, their memory is not
+    x.data[...] = 5  # only the views are read-only, not their memory
 
 
 CHANGES = {
@@ -346,13 +346,13 @@ class TestChangedData:
             ("multiply", lambda p: p * p),
             ("power", lambda p: p**2),
             ("linear", lambda p: ops.linear(Tensor(np.ones((1, 2), "float32"), requires_grad=True), p)),
-            ("multiply", lambda p: p.reshape(4) * Tensor([1.0, 2.0, 3.0, 4.0])),  # of a view
+            ("multiply", lambda p: p.reshape(4) * Tensor([1.0, 2.0, 3.0, 4.0])),  # saves a view
             ("matmul", lambda p: p.T[:1] @ p),
             ("recompute", lambda p: recompute(lambda x: x * p, Tensor(np.ones((2, 2), "float32"), requires_grad=True))),
             ("recompute", lambda p: recompute(lambda x: x * x, p)),
         ],
     )
-    def test_is_an_error(self, operation, function, change):
+    def test_raises(self, operation, function, change):
         p, optimizer = self.parameter(2, 2)
         y = function(p).sum()
         CHANGES[change](p, optimizer)
@@ -375,7 +375,7 @@ class TestChangedData:
             lambda p: p[0],
         ],
     )
-    def test_an_operation_that_did_not_save_it_is_not_affected(self, function, change):
+    def test_does_not_affect_operations_that_did_not_save_it(self, function, change):
         gradients = []
         for changed in (False, True):
             p, optimizer = self.parameter(2, 2)
@@ -386,14 +386,14 @@ class TestChangedData:
             gradients.append(p.grad.copy())
         np.testing.assert_array_equal(*gradients)
 
-    def test_a_change_before_the_forward_pass_is_allowed(self):
+    def test_before_the_forward_pass_is_allowed(self):
         p, optimizer = self.parameter(2, 2)
         for _ in range(3):
             optimizer.zero_grad()
             (p * p).sum().backward()
             optimizer.step()
 
-    def test_another_parameter_may_change(self):
+    def test_of_another_parameter_is_allowed(self):
         p, _ = self.parameter(2, 2)
         q, optimizer = self.parameter(2, 2)
         y = (p * p).sum()
@@ -402,7 +402,7 @@ class TestChangedData:
         y.backward()
         np.testing.assert_array_equal(p.grad, 2 * p.data)
 
-    def test_assigning_another_array_to_a_tensor_keeps_its_graph_correct(self):
+    def test_assigning_another_array_to_a_tensor_does_not_affect_its_graph(self):
         x = leaf([1.0, 2.0])
         y = (x * x).sum()
         x.data = np.array([7.0, 7.0])
@@ -410,7 +410,7 @@ class TestChangedData:
         np.testing.assert_array_equal(x.grad, [2, 4])
 
 
-def test_second_order_gradients_are_rejected_by_name():
+def test_second_order_gradients_are_rejected():
     x = leaf([1.0, 2.0])
     with pytest.raises(NotImplementedError, match=r"^backward: create_graph: second-order gradients are not supp"):
         (x * x).sum().backward(create_graph=True)
@@ -439,7 +439,7 @@ def test_an_assigned_grad_is_copied(kind):
 
 
 @pytest.mark.parametrize("index", [None, ..., (), np.array(True), (None, ...)], ids=str)
-def test_a_result_without_axes_that_is_used_several_times(index):
+def test_a_zero_d_result_that_is_used_several_times(index):
     x = leaf(2.0)
     y = x * 1
     z = y[index]
@@ -447,7 +447,7 @@ def test_a_result_without_axes_that_is_used_several_times(index):
     assert x.grad == 3
 
 
-def test_a_buffer_of_a_result_without_axes():
+def test_a_gradient_buffer_for_a_zero_d_result():
     def scale_by_backward(saved, dy, into):
         factors, gain = saved
         dgain = into(1)

@@ -12,7 +12,7 @@ R = np.random.default_rng(0)
 
 
 def matrix(rows, columns, layout, dtype):
-    """Random values, row-major, column-major, in a wider matrix, or with gaps that BLAS does not support."""
+    """Random values: row-major, column-major, part of a larger matrix, or with gaps that BLAS does not support."""
     if layout == "rows":
         return R.normal(size=(rows, columns)).astype(dtype)
     if layout == "columns":
@@ -27,7 +27,7 @@ LAYOUTS = ("rows", "columns", "part", "gaps")
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (1, 9, 4), (6, 1, 1), (33, 65, 17), (4, 0, 3)], ids=str)
-def test_a_product_in_every_layout(shape, dtype):
+def test_products_in_every_layout(shape, dtype):
     m, k, n = shape
     for left, right, result in itertools.product(LAYOUTS, LAYOUTS, LAYOUTS):
         a, b, out = matrix(m, k, left, dtype), matrix(k, n, right, dtype), matrix(m, n, result, dtype)
@@ -40,11 +40,11 @@ def test_a_product_in_every_layout(shape, dtype):
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 if dtype == "float32" else 1e-12)
 
 
-def test_only_the_part_is_written():
-    whole = np.zeros((6, 8), dtype=np.float32)
-    blas.gemm(np.ones((2, 3), np.float32), np.ones((3, 4), np.float32), whole[1:3, 2:6])
-    assert whole.sum() == 2 * 4 * 3
-    assert (whole[1:3, 2:6] == 3).all()
+def test_only_the_output_view_is_written():
+    memory = np.zeros((6, 8), dtype=np.float32)
+    blas.gemm(np.ones((2, 3), np.float32), np.ones((3, 4), np.float32), memory[1:3, 2:6])
+    assert memory.sum() == 2 * 4 * 3
+    assert (memory[1:3, 2:6] == 3).all()
 
 
 def test_numpy_is_used_if_no_library_is_found(monkeypatch):
@@ -54,14 +54,14 @@ def test_numpy_is_used_if_no_library_is_found(monkeypatch):
     np.testing.assert_allclose(out, 1 + a @ b)
 
 
-def test_the_library_of_numpy_is_found():
-    """NumPy's wheels contain OpenBLAS; without its address, attention would use the reference."""
+def test_numpys_library_is_found():
+    """NumPy's wheels contain OpenBLAS. If its address were not found, attention would use the reference."""
     assert set(blas.NUMPYS.calls) == {np.dtype("float32"), np.dtype("float64")}
     assert all(address for address, _ in blas.NUMPYS.calls.values())
     assert blas.NUMPYS.title.startswith("OpenBLAS 0.")
 
 
-def test_mkl_that_is_not_installed_is_not_considered(monkeypatch):
+def test_mkl_is_not_considered_if_it_is_not_installed(monkeypatch):
     def missing(name):
         raise blas.metadata.PackageNotFoundError(name)
 
@@ -69,18 +69,18 @@ def test_mkl_that_is_not_installed_is_not_considered(monkeypatch):
     monkeypatch.setattr(blas.metadata, "version", missing)
     assert blas._mkl() is None
     assert blas._fastest() is blas.NUMPYS
-    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed, but its files are unknown
+    monkeypatch.setattr(blas.metadata, "files", lambda name: None)  # installed without a list of its files
     monkeypatch.setattr(blas.metadata, "version", lambda name: "1.2")
     assert blas._mkl() is None
     assert blas._fastest() is blas.NUMPYS
 
 
-# Which library: two libraries with NumPy's functions, whose speed the tests decide ------------------------------------
+# The choice between two libraries, which have NumPy's functions and the speed that a test specifies ------------------
 
 
 @pytest.fixture
 def two(monkeypatch, tmp_path):
-    """two(numpy, mkl): rates in GFLOP/s that a measurement will find. Counts measurements and loads of MKL."""
+    """two(numpy, mkl) sets the measured rates in GFLOP/s. Returns the numbers of measurements and of loads of MKL."""
     mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9", sequential=True)
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYGRAD2_BLAS", raising=False)
@@ -106,7 +106,7 @@ def two(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("mkls", "name"), [(50, "numpy"), (100, "numpy"), (109, "numpy"), (111, "mkl"), (200, "mkl")])
-def test_another_library_needs_a_gain_of_a_tenth(two, mkls, name):
+def test_another_library_is_chosen_if_it_is_faster_by_a_tenth(two, mkls, name):
     two(100, mkls)
     assert blas.chosen().name == name
     assert blas.considered() == {blas.chosen().title: max(100, mkls if name == "mkl" else 0) * 1e9} | {
@@ -115,12 +115,12 @@ def test_another_library_needs_a_gain_of_a_tenth(two, mkls, name):
     }
 
 
-def test_a_measurement_is_kept_for_this_processor_and_these_versions(two, monkeypatch):
+def test_a_measurement_is_cached_by_processor_and_versions(two, monkeypatch):
     counts = two(100, 50)
     for _ in range(3):
         assert blas.chosen() is blas.NUMPYS
-        monkeypatch.setattr(blas, "_chosen", None)  # as in another process
-    assert counts == {"measured": 1, "loaded": 1}  # MKL is not even loaded where NumPy's library was faster
+        monkeypatch.setattr(blas, "_chosen", None)  # as in a new process
+    assert counts == {"measured": 1, "loaded": 1}  # MKL is not loaded if NumPy's library was faster
     monkeypatch.setattr(blas, "NUMPYS", replace(blas.NUMPYS, title="OpenBLAS 1"))
     assert blas.chosen().title == "OpenBLAS 1"
     assert counts["measured"] == 2
@@ -133,7 +133,7 @@ def test_a_measurement_is_kept_for_this_processor_and_these_versions(two, monkey
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 3}', '"' + "x" * 9 + '"'])
-def test_a_damaged_record_is_measured_again(two, text):
+def test_a_damaged_cache_is_measured_again(two, text):
     counts = two(100, 150)
     blas._file().parent.mkdir(parents=True)
     blas._file().write_text(text)
@@ -142,7 +142,7 @@ def test_a_damaged_record_is_measured_again(two, text):
     assert blas._cached_rates()["MKL 9.9"] == 150e9
 
 
-def test_without_a_folder_to_write_to_it_is_measured_in_every_process(two, monkeypatch, tmp_path):
+def test_without_a_writable_cache_every_process_measures(two, monkeypatch, tmp_path):
     counts = two(100, 150)
     (tmp_path / "file").touch()
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "file" / "cache"))
@@ -152,7 +152,7 @@ def test_without_a_folder_to_write_to_it_is_measured_in_every_process(two, monke
     assert counts["measured"] == 2
 
 
-def test_a_variable_selects_the_library(two, monkeypatch):
+def test_an_environment_variable_selects_the_library(two, monkeypatch):
     counts = two(100, 150)
     monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")
     assert blas.chosen() is blas.NUMPYS
@@ -188,7 +188,7 @@ def test_the_measurement_is_short():
 
 
 def test_matrices_in_layouts_that_blas_does_not_support():
-    """Strides that are not a multiple of the element size, and the other byte order."""
+    """Strides that are not a multiple of the element size, and swapped byte order."""
     records = np.zeros(5, dtype=[("row", np.float32, (6,)), ("mark", np.int16)])
     records["row"] = np.arange(30).reshape(5, 6)
     b = np.arange(24, dtype=np.float32).reshape(6, 4)

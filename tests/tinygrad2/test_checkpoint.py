@@ -1,4 +1,4 @@
-"""tinygrad2/checkpoint.py: folders that are written completely or not at all."""
+"""tinygrad2/checkpoint.py: checkpoints are written completely or not at all."""
 
 import io
 import json
@@ -18,7 +18,7 @@ def write(folder, text="weights"):
         (partial / "sub" / "more.bin").write_text(text * 2)
 
 
-def test_a_checkpoint_appears_under_its_name_with_a_checksum_of_every_file(tmp_path):
+def test_a_checkpoint_has_a_manifest_with_a_checksum_of_every_file(tmp_path):
     write(tmp_path / "ckpt-000001")
     listed = json.loads((tmp_path / "ckpt-000001" / checkpoint.MANIFEST).read_text())["files"]
     assert sorted(listed) == ["model.bin", "sub/more.bin"]
@@ -41,7 +41,7 @@ def test_an_error_while_writing_keeps_the_old_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt-000001"]
 
 
-def test_writing_again_replaces_the_files_of_a_killed_process(tmp_path):
+def test_writing_replaces_incomplete_files_of_a_killed_process(tmp_path):
     (tmp_path / ".ckpt-000001.partial").mkdir()
     (tmp_path / ".ckpt-000001.partial" / "half").write_text("x")
     write(tmp_path / "ckpt-000001", "first")
@@ -81,7 +81,7 @@ def test_damage_is_detected_and_the_previous_checkpoint_is_used(tmp_path, damage
     assert message in damaged[0]
 
 
-def test_newest_counts_steps_and_ignores_other_names(tmp_path):
+def test_checkpoints_are_sorted_by_step_and_other_names_are_ignored(tmp_path):
     assert checkpoint.newest(tmp_path / "none") == (None, [])
     for step in (5, 999_999, 1_000_000):
         write(tmp_path / checkpoint.name(step))
@@ -90,14 +90,14 @@ def test_newest_counts_steps_and_ignores_other_names(tmp_path):
     assert [folder.name for folder in checkpoint.find(tmp_path)] == ["ckpt-1000000", "ckpt-999999", "ckpt-000005"]
 
 
-def test_prune_keeps_the_newest_and_the_spared(tmp_path):
+def test_prune_keeps_the_newest_and_the_spared_checkpoints(tmp_path):
     for step in range(6):
         write(tmp_path / checkpoint.name(step))
     checkpoint.prune(tmp_path, keep=2, spare={checkpoint.name(1)})
     assert sorted(os.listdir(tmp_path)) == [checkpoint.name(step) for step in (1, 4, 5)]
 
 
-def test_arrays_come_back_bit_by_bit_and_others_can_read_the_file(tmp_path):
+def test_arrays_round_trip_exactly_and_the_file_has_default_permissions(tmp_path):
     arrays = {"a": np.linspace(0, 1, 7), "b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "c": np.float64(3.5)}
     path = tmp_path / "x.safetensors"
     checkpoint.save_arrays(path, arrays)
@@ -113,7 +113,7 @@ def test_arrays_come_back_bit_by_bit_and_others_can_read_the_file(tmp_path):
         checkpoint.load_arrays(path)
 
 
-def test_json_has_no_nan(tmp_path):
+def test_json_contains_no_nan(tmp_path):
     values = {"loss": float("nan"), "rows": [float("-inf"), 1.5, (np.float64("inf"), "NaN", 2)], "step": 3}
     checkpoint.write_json(tmp_path / "x.json", values)
 
@@ -125,24 +125,24 @@ def test_json_has_no_nan(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.bin", checkpoint.MANIFEST])
-def test_an_unreadable_sector_is_damage(tmp_path, monkeypatch, name):
+def test_a_file_that_cannot_be_read_counts_as_damaged(tmp_path, monkeypatch, name):
     for step in (1, 2):
         write(tmp_path / checkpoint.name(step))
     damaged = tmp_path / checkpoint.name(2) / name
-    whole = io.open
+    original = io.open
 
     def unreadable(path, *args, **kwargs):
         if path == damaged:
             raise OSError(5, "Input/output error")
-        return whole(path, *args, **kwargs)
+        return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(io, "open", unreadable)  # which Path's methods call
+    monkeypatch.setattr(io, "open", unreadable)  # called by Path's methods
     folder, lines = checkpoint.newest(tmp_path)
     assert folder == tmp_path / checkpoint.name(1)
     assert lines == [f"{damaged}: Input/output error"]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch):
     for step in range(3):
         write(tmp_path / checkpoint.name(step))
     rmdir = os.rmdir
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [checkpoint.name(step) for step in (0, 2)]
 
 
-def test_a_file_system_without_modes_is_written_to(tmp_path, monkeypatch):
+def test_a_file_system_without_permissions_is_supported(tmp_path, monkeypatch):
     def refuse(path, mode):
         raise PermissionError(1, "Operation not permitted")
 

@@ -1,4 +1,4 @@
-"""Operators without a gradient, and in-place operators. Comparisons of edge values are in test_edge_values.py."""
+"""Operators without a gradient, and in-place operators. (For comparisons of edge values, see test_edge_values.py.)"""
 
 import operator
 
@@ -12,7 +12,7 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "im
 
 
 @pytest.mark.parametrize("name", ["and_", "or_", "xor"])
-def test_logic_of_booleans_and_integers(name):
+def test_logical_operators_of_booleans_and_integers(name):
     logic = getattr(operator, name)
     for a, b in ((np.array([True, False]), np.array([True, True])), (np.array([5, 6]), np.array([3, -2]))):
         for y in (logic(Tensor(a), Tensor(b)), logic(Tensor(a), b), logic(a, Tensor(b))):
@@ -22,7 +22,7 @@ def test_logic_of_booleans_and_integers(name):
         logic(Tensor([1.0]), Tensor([1.0]))
 
 
-def test_inversion_and_division_without_a_remainder():
+def test_inversion_floor_division_and_remainder():
     assert (~Tensor(np.array([True, False]))).tolist() == [False, True]
     assert (Tensor(np.array([7, -7])) // 2).tolist() == [3, -4]
     assert (7 // Tensor(np.array([2, -2]))).tolist() == [3, -4]
@@ -32,13 +32,13 @@ def test_inversion_and_division_without_a_remainder():
         Tensor([1.0], requires_grad=True) // 2
 
 
-def test_unary_plus_is_the_tensor_itself():
+def test_unary_plus_returns_the_same_values():
     x = Tensor([1.0, 2.0], requires_grad=True)
     (+x * 3).sum().backward()
     np.testing.assert_array_equal(x.grad, [3, 3])
 
 
-def test_comparison_with_something_else():
+def test_comparison_with_other_types_and_shapes():
     x = Tensor([1.0, 2.0])
     assert (x == None) is False  # noqa: E711
     assert (x != "text") is True
@@ -49,7 +49,7 @@ def test_comparison_with_something_else():
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_an_in_place_operator_does_not_leave_a_parameter_unchanged_silently(name):
+def test_in_place_operators_on_leaves_raise(name):
     p = Parameter(np.ones((2, 2), dtype="float32"))
     with pytest.raises(TypeError, match=r"^.{1,2}=: a Parameter cannot be changed in place: use x.data .{1,2}= y"):
         getattr(operator, name)(p, np.ones((2, 2)))
@@ -58,7 +58,7 @@ def test_an_in_place_operator_does_not_leave_a_parameter_unchanged_silently(name
         getattr(operator, name)(x, np.ones((2, 2)))
 
 
-def test_in_place_operators_of_results_and_constants_make_new_tensors():
+def test_in_place_operators_on_results_and_constants_return_new_tensors():
     x = Tensor([1.0, 2.0], requires_grad=True)
     y = total = x * 2
     y += 1
@@ -72,8 +72,8 @@ def test_in_place_operators_of_results_and_constants_make_new_tensors():
     assert constant.tolist() == [2]
 
 
-def test_a_training_loop_by_hand():
-    """As in PyTorch's first tutorial, but on .data."""
+def test_a_manual_training_loop():
+    """As in PyTorch's first tutorial, but the updates are made to .data."""
     layer = nn.Linear(2, 1)
     x, y = Tensor(np.array([[1.0, 2.0], [3.0, -1.0]], "float32")), Tensor(np.array([[1.0], [2.0]], "float32"))
     losses = []

@@ -1,4 +1,4 @@
-"""tinygrad2/distributed.py and gradient_sum.py, with threads as ranks (test_mpirun.py uses mpirun)."""
+"""tinygrad2/distributed.py and gradient_sum.py with threads as ranks. (test_mpirun.py uses real processes.)"""
 
 import inspect
 import os
@@ -35,7 +35,7 @@ def many_buckets(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 21, 1000])
-def test_shares_cover_everything_once(n, size):
+def test_shares_cover_every_element_once(n, size):
     parts = [share(n, rank, size) for rank in range(size)]
     assert [i for a, b in parts for i in range(a, b)] == list(range(n))
     assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
@@ -45,14 +45,14 @@ def test_shares_cover_everything_once(n, size):
     ("masks", "threads"),
     [
         ([{0, 1, 2, 3}] * 2, [2, 2]),  # not bound: the ranks share all cores
-        ([{0}, {1}], [1, 1]),  # bound to a core each
-        ([{0, 1, 2}, {3, 4, 5}], [3, 3]),  # three cores each
+        ([{0}, {1}], [1, 1]),  # each rank is bound to one core
+        ([{0, 1, 2}, {3, 4, 5}], [3, 3]),  # each rank is bound to three cores
         ([{0, 1}] * 4, [1, 1, 1, 1]),  # more ranks than cores
         ([{0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5, 6, 7}], [2, 2, 4]),  # two ranks on one socket, one on the other
         ([set(range(10))] * 3, [3, 3, 3]),
     ],
 )
-def test_each_rank_computes_on_its_share_of_its_own_cores(masks, threads):
+def test_each_rank_uses_its_share_of_its_cores(masks, threads):
     assert [fair_threads(masks, rank) for rank in range(len(masks))] == threads
 
 
@@ -77,17 +77,17 @@ def launched_by(monkeypatch):
     [
         {},
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-        {"SLURM_NTASKS": "8"},  # in a batch script, not under srun
+        {"SLURM_NTASKS": "8"},  # in a batch script, without srun
         {"PMI_SIZE": "", "PMI_RANK": ""},
     ],
 )
-def test_alone(launched_by, variables):
+def test_a_single_process_uses_a_solo_comm(launched_by, variables):
     launched_by(**variables)
     assert isinstance(distributed.world(), SoloComm)
     assert distributed.world() is distributed.world()
 
 
-def test_a_process_alone_never_imports_mpi4py():
+def test_a_single_process_does_not_import_mpi4py():
     code = (
         "import sys, train; from tinygrad2 import distributed; distributed.world(); assert 'mpi4py' not in sys.modules"
     )
@@ -96,7 +96,7 @@ def test_a_process_alone_never_imports_mpi4py():
 
 
 @pytest.mark.parametrize(("size", "rank"), [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")])
-def test_without_mpi4py_the_error_names_what_to_install(launched_by, monkeypatch, size, rank):
+def test_without_mpi4py_the_error_says_what_to_install(launched_by, monkeypatch, size, rank):
     launched_by(**{size: "4", rank: "2"})
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r'^rank 2 of 4: mpi4py does not work .*; pip install -e "\.\[mpi\]"$'):
@@ -115,25 +115,25 @@ def test_an_mpi_that_does_not_match_mpirun_is_rejected(launched_by, monkeypatch)
     with pytest.raises(ValueError, match=r"^2 ranks were started, but mpi4py's MPI \(Open MPI v5.0.11\) sees 1: "):
         distributed.world()
     launched_by(PMI_SIZE="2", PMI_RANK="1")
-    with pytest.raises(SystemExit, match="1"):  # rank 0 says it
+    with pytest.raises(SystemExit, match="1"):  # rank 0 prints the message
         distributed.world()
 
 
-def test_failing_alone_prints_and_returns(launched_by, capsys):
+def test_a_failing_single_process_prints_the_error_and_returns(launched_by, capsys):
     launched_by()
     assert distributed.fail("train.py: what happened", 3) == 3
     assert capsys.readouterr().err == "train.py: what happened\n"
 
 
-def test_a_single_process_is_a_comm():
+def test_a_solo_comm_implements_comm():
     comm: Comm = SoloComm()
-    flat, whole = np.arange(3.0), np.zeros(3)
+    flat, gathered = np.arange(3.0), np.zeros(3)
     assert comm.from_root(lambda: 7) == 7
     np.testing.assert_array_equal(comm.all_gather(flat), [flat])
-    comm.gather_shares(flat, whole)
-    np.testing.assert_array_equal(whole, flat)
+    comm.gather_shares(flat, gathered)
+    np.testing.assert_array_equal(gathered, flat)
     comm.start_sum(flat, False, lambda: None).result()
-    np.testing.assert_array_equal(flat, whole)
+    np.testing.assert_array_equal(flat, gathered)
 
 
 def test_each_process_of_a_machine_uses_its_own_gpu(monkeypatch):
@@ -164,7 +164,7 @@ def text(first, rows):
 
 
 def trained(comm, steps=3, micro_steps=1, make=optim.AdamW, **options):
-    """The model after some steps of 12 samples, on any number of ranks, and the sums along the way."""
+    """Train for some steps of 12 samples on any number of ranks. Returns the model and the sums of every step."""
     model = GPT2(CONFIG, dtype="float64")
     optimizer = make(model, lr=1e-2, weight_decay=0.1, **options)
     sums = GradientSum(model, comm, share_only=optimizer.shared_by is not None)
@@ -197,7 +197,7 @@ every_optimizer = pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, muon]
 @every_optimizer
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("size", "micro_steps"), [(2, 1), (2, 3), (3, 2)])
-def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make):
+def test_ranks_compute_the_same_as_one_process(size, micro_steps, shared, make):
     alone, optimizer, totals, norm = trained(SoloComm(), micro_steps=4, make=make)
     moments = {name: array.copy() for name, array in optimizer.state().items()}
 
@@ -225,7 +225,7 @@ def test_ranks_compute_what_one_process_computes(size, micro_steps, shared, make
         assert max(kept) <= alone.n_parameters() / size + buckets
 
 
-def test_copies_in_bfloat16_follow_updates_of_other_ranks():
+def test_bfloat16_copies_include_updates_of_other_ranks():
     def rank(comm):
         model = with_copies(GPT2(CONFIG))
         optimizer = optim.AdamW(model, lr=1e-2, shared_by=comm)
@@ -260,7 +260,7 @@ def test_sharded_state_can_be_loaded_on_any_number_of_ranks(make):
 
 
 class Echo(ThreadComm):
-    """Two ranks; the other one always has the same values."""
+    """One of two ranks. The other rank always has the same values."""
 
     def __init__(self):
         super().__init__(0, 2, None, None)
@@ -286,13 +286,13 @@ def test_buckets_are_transferred_while_the_backward_pass_runs():
     assert comm.log == sizes
     assert all(size <= 1000 or len(bucket.names) == 1 for size, bucket in zip(sizes, arena.buckets, strict=True))
     assert sum(sizes) == model.n_parameters()
-    assert 0 < len(left["then"]) < len(sizes)  # all but the embedding's were on their way
+    assert 0 < len(left["then"]) < len(sizes)  # the sums of all other buckets had started
     assert len(sizes) - len(left["then"]) <= 2
     sums.finish()
     assert all(p.leaf.on_final is None for p in model.parameters())
 
 
-def test_an_unused_parameter_is_summed_too():
+def test_unused_parameters_are_summed_too():
     class Model(nn.Module):
         def __init__(self):
             self.used, self.unused = nn.Linear(2, 3), nn.Linear(3, 2)
@@ -310,7 +310,7 @@ def test_an_unused_parameter_is_summed_too():
     assert sum(comm.log) == model.n_parameters()
 
 
-def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
+def test_a_gradient_that_changes_after_its_sum_has_started_raises(monkeypatch):
     monkeypatch.setattr(params, "BUCKET_SIZE", 2)
 
     class Model(nn.Module):
@@ -334,9 +334,8 @@ def test_a_gradient_that_changes_after_its_sum_started_is_an_error(monkeypatch):
         np.testing.assert_array_equal(p.grad, 2 * grad)
 
 
-def test_on_a_gpu_gradients_pass_through_pinned_memory():
-    """On the stand-in for CuPy, which delays copies: no data is read before it is complete, or changed while it is
-    copied."""
+def test_gpu_gradients_are_summed_through_pinned_memory():
+    """The stand-in for CuPy delays copies, and detects data that is read too early, or changed while it is copied."""
 
     def steps(device):
         model = GPT2(CONFIG, device=device)
@@ -365,7 +364,7 @@ def test_on_a_gpu_gradients_pass_through_pinned_memory():
 
 
 class DirectEcho(Echo):
-    """Two ranks, each with its own GPU; the other one always has the same values."""
+    """One of two ranks with their own GPUs. The other rank always has the same values."""
 
     def __init__(self, sums=NcclComm):
         super().__init__()
@@ -382,7 +381,7 @@ class DirectEcho(Echo):
 
 
 class StagedEcho(Echo):
-    """Echo, through host memory."""
+    """Like Echo, but also supports start_all_gather. Data pass through host memory."""
 
     def start_all_gather(self, flat, after):
         after()
@@ -390,7 +389,7 @@ class StagedEcho(Echo):
 
 
 def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
-    """Losses, norms and parameters of three steps, and the number of waits on the host."""
+    """(losses and norms of three steps, parameters, number of implicit synchronizations, NCCL)."""
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
         options = {"ranks": comm} if make is muon else {}
@@ -412,7 +411,7 @@ def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
 
 @every_optimizer
 @pytest.mark.parametrize("shared", [False, True])
-def test_sums_by_nccl_equal_sums_through_host_memory(shared, make):
+def test_nccl_sums_equal_sums_through_host_memory(shared, make):
     expected, on_host, *_ = steps_on_the_stand_in(StagedEcho(), shared, make)
     found, parameters, syncs, nccl = steps_on_the_stand_in(DirectEcho(), shared, make)
     assert syncs == 0
@@ -436,13 +435,13 @@ def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
         last.on_final = lambda: left.update(then=len(nccl.calls)) or before()
         loss.backward()
         assert 0 < left["then"] < len(nccl.calls) == len(arena.buckets)
-        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # they must not be read yet
+        assert np.isnan(arena.buckets[0].region.grads.get()).all()  # the sums are not complete yet
         sums.finish()
         assert not any(np.isnan(region.grads.get()).any() for region in arena.regions)
 
 
 class Other:
-    """Three ranks; the others have different values."""
+    """An exchange among three ranks. The other ranks have different values."""
 
     def total(self, values):
         return values * 3 + 1
@@ -451,20 +450,20 @@ class Other:
         return values - root
 
 
-def assert_sums_are_made(sums_of):
-    """Every method of a NcclComm, on arrays that were just computed, and on one that is freed immediately."""
+def check_sums(sums_of):
+    """Check every method of a NcclComm, with arrays that were just computed, and one that is freed immediately."""
     with strict_cupy.registered(), fake_nccl.installed(Other()) as nccl:
         on = backend.get_backend("cuda")
         sums = sums_of(on, nccl, 1, 3, nccl.get_unique_id())
         for dtype in ("float32", "float64"):
-            whole, shared, gathered = (on.asarray(np.arange(10), dtype) * 2 for _ in range(3))
-            sums.start_sum(whole)
-            later = gathered + 0  # what is computed meanwhile
+            full, shared, gathered = (on.asarray(np.arange(10), dtype) * 2 for _ in range(3))
+            sums.start_sum(full)
+            later = gathered + 0  # computed during the sums
             sums.start_sum(shared, share_only=True)
             sums.start_sum(on.zeros((5,), dtype))
             sums.start_all_gather(gathered)
             sums.join()
-            result = on.np.stack([whole, shared, gathered, later])
+            result = on.np.stack([full, shared, gathered, later])
             even = 2 * np.arange(10)
             own = np.where((np.arange(10) >= 3) & (np.arange(10) < 6), 3 * even + 1, even)
             others = even - np.repeat([0, 0, 2], [3, 3, 4])
@@ -472,11 +471,11 @@ def assert_sums_are_made(sums_of):
         assert nccl.group is None
 
 
-def test_sums_are_made():
-    assert_sums_are_made(NcclComm)
+def test_nccl_comm_computes_correct_sums():
+    check_sums(NcclComm)
 
 
-FAULTS = [  # in NcclComm: a pattern, and its replacement
+FAULTS = [  # in NcclComm: a pattern and its replacement
     (r"self\._stream\.wait_event\(.*\)", "pass"),
     (r"self\._stream\.wait_event\(.*\)", "self._stream.wait_event(self._event(self._stream))"),
     (r"self\._cuda\.get_current_stream\(\)\.wait_event\(.*\)", "pass"),
@@ -495,18 +494,18 @@ FAULTS = [  # in NcclComm: a pattern, and its replacement
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
-def test_a_fault_in_the_order_of_streams_is_detected(fault):
+def test_a_fault_in_nccl_comm_is_detected(fault):
     source, places = re.subn(*fault, inspect.getsource(NcclComm))
     assert places
     names = dict(vars(distributed))
     exec("from __future__ import annotations\n" + source, names)
     with pytest.raises((strict_cupy.RaceError, fake_nccl.NcclError, AssertionError)):
-        assert_sums_are_made(names["NcclComm"])
+        check_sums(names["NcclComm"])
 
 
 @pytest.mark.parametrize("place", ["_begin", "join"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_training_run_without_one_of_the_waits_is_detected(monkeypatch, place, shared):
+def test_a_missing_wait_in_a_training_run_is_detected(monkeypatch, place, shared):
     wait = strict_cupy.Stream.wait_event
 
     def sometimes(self, event):
@@ -522,7 +521,7 @@ def test_a_training_run_without_one_of_the_waits_is_detected(monkeypatch, place,
         assert np.isnan(found).all()
 
 
-def test_memory_that_a_sum_uses_is_not_written_to():
+def test_writing_to_memory_during_a_sum_is_detected():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         on = backend.get_backend("cuda")
         sums = NcclComm(on, nccl, 0, 2, nccl.get_unique_id())
@@ -534,7 +533,7 @@ def test_memory_that_a_sum_uses_is_not_written_to():
             sums.join()
 
 
-def test_a_single_rank_sums_too():
+def test_nccl_comm_with_a_single_rank():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo(1)) as nccl:
         on = backend.get_backend("cuda")
         sums = NcclComm(on, nccl, 0, 1, nccl.get_unique_id())
@@ -547,24 +546,24 @@ def test_a_single_rank_sums_too():
             np.testing.assert_array_equal(values.get(), np.arange(7))
 
 
-def test_nccl_is_set_to_a_fixed_order_unless_the_user_chose_one(monkeypatch):
+def test_nccl_uses_a_fixed_order_unless_the_user_chooses_an_algorithm(monkeypatch):
     for chosen, then in ((None, "Ring"), ("Tree", "Tree")):
         monkeypatch.setenv("NCCL_ALGO", chosen or "")
         if chosen is None:
             monkeypatch.delenv("NCCL_ALGO")
-        assert_sums_are_made(NcclComm)
+        check_sums(NcclComm)
         assert os.environ["NCCL_ALGO"] == then
 
 
 def mpi_rank(others):
-    """A rank 0 that requests a NcclComm, and the number of times that it contacts the other ranks."""
-    comm, asked = MPIComm.__new__(MPIComm), []
+    """Rank 0 of an MPIComm, and a list of the places that it sends to the other ranks."""
+    comm, sent = MPIComm.__new__(MPIComm), []
     comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(
-        allgather=lambda place: asked.append(place) or [place, *(other(place) for other in others)],
+        allgather=lambda place: sent.append(place) or [place, *(other(place) for other in others)],
         bcast=lambda identity: identity,
     )
-    return comm, asked
+    return comm, sent
 
 
 @pytest.mark.parametrize(
@@ -572,28 +571,28 @@ def mpi_rank(others):
     [
         ([lambda place: "elsewhere 0000:00:00.0"], True),
         ([lambda place: place and place.replace("0000:00", "0000:01"), lambda place: "elsewhere"], True),
-        ([lambda place: place], False),  # two ranks on one GPU
+        ([lambda place: place], False),  # two ranks share a GPU
         ([lambda place: "elsewhere", lambda place: "elsewhere"], False),
-        ([lambda place: None], False),  # a rank without NCCL
+        ([lambda place: None], False),  # one rank has no NCCL
     ],
 )
-def test_sums_go_from_gpu_to_gpu_where_each_rank_has_one_and_nccl(others, direct):
+def test_nccl_is_used_if_every_rank_has_nccl_and_its_own_gpu(others, direct):
     with strict_cupy.registered():
         on = backend.get_backend("cuda")
         with fake_nccl.installed(fake_nccl.Echo()):
-            comm, asked = mpi_rank(others)
+            comm, sent = mpi_rank(others)
             assert isinstance(comm.nccl(on), NcclComm) == direct
             assert comm.nccl(on) is comm.nccl(on)
-            assert len(asked) == 1
-            assert asked[0].endswith(" 0000:00:00.0")
+            assert len(sent) == 1
+            assert sent[0].endswith(" 0000:00:00.0")
             assert comm.nccl(backend.get_backend("cpu")) is None
-        comm, asked = mpi_rank(others)
-        assert comm.nccl(on) is None  # NCCL is missing here
-        assert asked == [None]
+        comm, sent = mpi_rank(others)
+        assert comm.nccl(on) is None  # this rank has no NCCL
+        assert sent == [None]
 
 
 @pytest.mark.extras("cupy")
-def test_the_stand_in_for_nccl_has_its_names():
+def test_the_stand_in_for_nccl_has_the_same_names():
     nccl = pytest.importorskip("cupy.cuda.nccl")
     if not nccl.available:
         pytest.skip("NCCL is not installed")
@@ -610,7 +609,7 @@ def test_the_stand_in_for_nccl_has_its_names():
         assert list(inspect.signature(getattr(fake_nccl.NcclCommunicator, name)).parameters) == theirs
 
 
-# Ranks that diverge ---------------------------------------------------------------------------------------------------
+# Diverging ranks ------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_parameter_that_differs_is_named():

@@ -1,7 +1,7 @@
-"""Zeros of both signs, subnormal and huge numbers, infinities and NaN: comparisons, choices, losses, and the rows where
-PyTorch's result is further from the exact one than ours.
+"""Zeros of both signs, subnormal and huge numbers, infinities and NaN.
 
-The elementwise operations have their table in test_methods.py.
+This file tests comparisons, selections and losses, and cases in which PyTorch's result is less accurate than ours. The
+table for elementwise operations is in test_methods.py.
 """
 
 import decimal
@@ -40,7 +40,7 @@ def quiet():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons_of_floats_are_numpys(name, dtype):
+def test_comparisons_of_floats_equal_numpys(name, dtype):
     compare = getattr(operator, name)
     a, b = (values.astype(dtype) for values in PAIRS)
     x = Tensor(a, requires_grad=True)
@@ -54,15 +54,15 @@ def test_comparisons_of_floats_are_numpys(name, dtype):
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons_of_integers_and_booleans_are_numpys(name):
+def test_comparisons_of_integers_and_booleans_equal_numpys(name):
     compare = getattr(operator, name)
-    whole = np.array([0, 1, -1, 127, -128, 2**31 - 1, 2**53 + 1, 2**63 - 1, -(2**63)])
+    integers = np.array([0, 1, -1, 127, -128, 2**31 - 1, 2**53 + 1, 2**63 - 1, -(2**63)])
     flags = np.array([True, False])
     for number in (0, 1, -128, True, 2**53 + 1):
-        np.testing.assert_array_equal(compare(Tensor(whole), number).numpy(), compare(whole, number))
+        np.testing.assert_array_equal(compare(Tensor(integers), number).numpy(), compare(integers, number))
         np.testing.assert_array_equal(compare(Tensor(flags), number).numpy(), compare(flags, number))
     for number in (0.5, 1.0, -0.0, INF, NAN):
-        np.testing.assert_array_equal(compare(Tensor(whole), number).numpy(), compare(whole, np.float32(number)))
+        np.testing.assert_array_equal(compare(Tensor(integers), number).numpy(), compare(integers, np.float32(number)))
     np.testing.assert_array_equal(compare(Tensor(flags), Tensor(~flags)).numpy(), compare(flags, ~flags))
 
 
@@ -70,13 +70,13 @@ def test_comparisons_of_integers_and_booleans_are_numpys(name):
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons_are_pytorchs(name, dtype, t):
+def test_comparisons_equal_pytorchs(name, dtype, t):
     compare = getattr(operator, name)
     a, b = (values.astype(dtype) for values in PAIRS)
     np.testing.assert_array_equal(compare(Tensor(a), Tensor(b)).numpy(), compare(t.tensor(a), t.tensor(b)).numpy())
 
 
-# Choices --------------------------------------------------------------------------------------------------------------
+# Selections -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parity
@@ -92,7 +92,7 @@ def test_maximum_and_minimum(name, dtype, t):
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_where_of_a_comparison(name, t):
-    """The operand that is not chosen has gradient 0, whatever its value; a quotient in it has PyTorch's NaN."""
+    """The operand that is not selected has gradient 0 for every value. A quotient in it gives NaN, as in PyTorch."""
     compare = getattr(operator, name)
     for ours, other in (
         (lambda a, b: functional.where(compare(a, b), a, b), lambda a, b: t.where(compare(a, b), a, b)),
@@ -117,7 +117,7 @@ def test_mse_and_l1_losses(dtype, t):
     found = differences(
         t, lambda a, b: functional.l1_loss(a, b, "none"), lambda a, b: f.l1_loss(a, b, reduction="none"), pairs
     )
-    assert set(found) == {"gradient"}  # of |NaN|: NaN, where PyTorch answers 0
+    assert set(found) == {"gradient"}  # the gradient of |NaN| is NaN; PyTorch gives 0
     with np.errstate(all="ignore"):
         assert all(math.isnan(np.subtract(*place)) for place in found["gradient"])
 
@@ -133,7 +133,7 @@ def test_binary_cross_entropy_with_logits(t):
         lambda x, y: f(x, y, reduction="none"),
         [x, target],
     )
-    assert {x for x, _ in found["value"]} == {-30.0, -INF}  # PyTorch loses digits, and answers NaN for infinity
+    assert {x for x, _ in found["value"]} == {-30.0, -INF}  # PyTorch loses digits, and gives NaN for infinity
     assert set(found.get("gradient", [])) <= {(30.0, 1.0)}
     for x, target, expected in ((-30.0, 0.0, math.log1p(math.exp(-30))), (30.0, 1.0, math.log1p(math.exp(-30)))):
         logit = Tensor(np.array([x]), requires_grad=True)
@@ -154,8 +154,8 @@ def test_binary_cross_entropy(t):
         lambda p, y: t.nn.functional.binary_cross_entropy(p, y, reduction="none"),
         [p, target],
     )
-    # PyTorch divides by max(p (1 - p), 1e-12), so that 1 / (1 - p) is lost where p is tiny, and its derivative by the
-    # target does not have the bound of the logarithm, -100.
+    # PyTorch divides by max(p (1 - p), 1e-12), which loses 1 / (1 - p) for tiny p, and its derivative with respect to
+    # the target does not use the bound of the logarithm, -100.
     assert set(found) == {"gradient"}
     assert {p for p, _ in found["gradient"]} <= {0.0, 1.0, 5e-324, 1e-300, 1e-50}
     for p, target, expected in (
@@ -207,7 +207,7 @@ def test_cross_entropy(target, options, t):
 
 
 @pytest.mark.parametrize("options", [{"reduction": "sum"}, {"ignore_index": 0}, {"weight": [1.0, 1.0, 1.0]}], ids=str)
-def test_a_class_that_is_masked_by_minus_infinity_does_not_change_the_loss(options):
+def test_a_class_masked_by_minus_infinity_does_not_change_the_loss(options):
     logits = Tensor(np.array([[-INF, 0.0, 1.0]]), requires_grad=True)
     loss = functional.cross_entropy(logits, [2], **options)
     loss.backward()
@@ -216,12 +216,12 @@ def test_a_class_that_is_masked_by_minus_infinity_does_not_change_the_loss(optio
     assert np.isfinite(logits.grad).all()
 
 
-# Where PyTorch's results are further from the exact ones --------------------------------------------------------------
+# Cases in which PyTorch's results are less accurate -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_power_minus_a_half_is_that_of_ieee_754(dtype):
-    values = [0.0, -0.0, INF, -INF, 4.0]  # at -0 and -inf, PyTorch's reciprocal square root gives -inf and NaN
+def test_the_power_minus_one_half_follows_ieee_754(dtype):
+    values = [0.0, -0.0, INF, -INF, 4.0]  # PyTorch's rsqrt gives -inf at -0, and NaN at -inf
     y = Tensor(np.array(values, dtype)) ** -0.5
     assert y.numpy().tolist() == [INF, INF, 0.0, 0.0, 0.5]
     assert not np.signbit(y.numpy()).any()
@@ -229,7 +229,7 @@ def test_the_power_minus_a_half_is_that_of_ieee_754(dtype):
 
 
 def test_layernorm_of_a_large_mean_in_float64():
-    """dx is of the order 1e-5 and a difference of numbers of the order 1: PyTorch has 8 digits of it, ours 10."""
+    """dx, about 1e-5, is a difference of numbers close to 1. PyTorch's result has 8 correct digits, ours has 10."""
     row, dy, weight = [10000.0, 10001.0, 10002.0, 10003.0], [1.0, 2.0, 3.0, 4.0], 1.5
     x = Tensor(np.array([row]), requires_grad=True)
     y = ops.layernorm(x, Tensor(np.full(4, weight)), Tensor(np.full(4, 0.1)))
@@ -247,8 +247,8 @@ def test_layernorm_of_a_large_mean_in_float64():
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_gelu_in_float32_is_that_of_float64(exact):
-    """Values within 1e-7, slopes within 2e-6 (PyTorch: 5e-7); the tail is not cut to 0 where float32 has it."""
+def test_gelu_in_float32_agrees_with_float64(exact):
+    """Values agree to 1e-7 and slopes to 2e-6 (PyTorch: 5e-7). Tails that float32 can represent do not become 0."""
     values = np.array([-100.0, -10.0, -5.0, -1e-3, -0.0, 0.0, 1e-3, 5.0, 10.0, 100.0, 1e4])
     results = []
     for dtype in ("float32", "float64"):

@@ -1,4 +1,4 @@
-"""Empty arrays in every operation: the same results as PyTorch, or a one-line error."""
+"""Every operation on empty arrays gives the same results as PyTorch, or a one-line error."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.extras("torch")
 F = torch.nn.functional
 
 TOKENS = np.zeros((2, 0), int)
-SHAPED = {  # by the shape of x, with matching weights
+SHAPED = {  # (ours, PyTorch's, kinds of weights), tested with several shapes of x
     "gelu": (lambda x: ops.gelu(x), lambda x: F.gelu(x, approximate="tanh"), ()),
     "gelu, exact": (lambda x: ops.gelu(x, exact=True), F.gelu, ()),
     "gelu, bias": (lambda x, b: ops.gelu(x, b), lambda x, b: F.gelu(x + b, approximate="tanh"), (0,)),
@@ -65,8 +65,8 @@ OTHERS = {
     ),
     "attention, no tokens": (lambda x: ops.attention(x, 2), lambda x: x[..., :4], [(2, 0, 12)]),
     "attention, no texts": (lambda x: ops.attention(x, 2), lambda x: x[..., :4], [(0, 3, 12)]),
-    "gelu, no axes": (ops.gelu, lambda x: F.gelu(x, approximate="tanh"), [()]),
-    "softmax, no axes": (ops.softmax, lambda x: F.softmax(x, -1), [()]),
+    "gelu, 0-d": (ops.gelu, lambda x: F.gelu(x, approximate="tanh"), [()]),
+    "softmax, 0-d": (ops.softmax, lambda x: F.softmax(x, -1), [()]),
 }
 
 
@@ -89,7 +89,7 @@ def compare(ours, theirs, shapes):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), (0, 2, 3), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("name", SHAPED)
-def test_as_pytorch(name, shape):
+def test_empty_arrays_give_the_same_results_as_pytorch(name, shape):
     if name == "matmul" and len(shape) == 1:
         shape = (1, 0)
     ours, theirs, weights = SHAPED[name]
@@ -99,7 +99,7 @@ def test_as_pytorch(name, shape):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_arguments_as_pytorch(name):
+def test_other_empty_arguments_give_the_same_results_as_pytorch(name):
     compare(*OTHERS[name])
 
 

@@ -1,4 +1,4 @@
-"""tinygrad2/files.py: files and folders that are written completely or not at all, and locks."""
+"""tinygrad2/files.py: atomic writes of files and folders, and locks."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_link_is_replaced_even_if_it_is_broken(tmp_path):
     assert entries(tmp_path) == ["best"]
 
 
-def test_a_folder_is_made_unless_its_name_belongs_to_something_else(tmp_path):
+def test_make_folder_creates_a_folder_unless_the_name_is_taken(tmp_path):
     for _ in range(2):
         files.make_folder(tmp_path / "a" / "b")
     assert entries(tmp_path / "a") == ["b"]
@@ -58,7 +58,7 @@ def test_a_folder_is_made_unless_its_name_belongs_to_something_else(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("make", ["write_text", "mkdir"])
-def test_an_error_leaves_the_old_content(tmp_path, error, make):
+def test_an_error_keeps_the_old_content(tmp_path, error, make):
     (tmp_path / "page").write_text("old")
 
     def fail():
@@ -72,7 +72,7 @@ def test_an_error_leaves_the_old_content(tmp_path, error, make):
     assert entries(tmp_path) == ["page"]
 
 
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_renamed_does_not_replace_the_old_one(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
     rename = files.Path.rename
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
     assert entries(tmp_path / "model") == ["old"]
 
 
-def test_a_killed_process_leaves_one_temporary_file_that_the_next_call_removes(tmp_path):
+def test_the_next_write_removes_the_temporary_file_of_a_killed_process(tmp_path):
     code = (
         "import os, sys\nfrom tinygrad2 import files\n"
         "with files.atomic_write(files.Path(sys.argv[1])) as partial:\n"
@@ -104,11 +104,11 @@ def test_a_killed_process_leaves_one_temporary_file_that_the_next_call_removes(t
     assert entries(tmp_path) == [".page.partial"]
     with files.atomic_write(tmp_path / "page") as partial:
         assert not partial.exists()
-        partial.write_text("whole")
+        partial.write_text("complete")
     assert entries(tmp_path) == ["page"]
 
 
-def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     steps = []
     flush, replace = files.flush_entry, os.replace
     monkeypatch.setattr(files, "flush_entry", lambda path: (steps.append(path.name), flush(path)))
@@ -119,7 +119,7 @@ def test_everything_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     assert steps == ["weights", ".model.partial", "rename", tmp_path.name]
 
 
-def test_free_name_counts_from_1(tmp_path):
+def test_free_name_appends_the_first_free_number(tmp_path):
     assert files.free_name(tmp_path / "out") == tmp_path / "out"
     (tmp_path / "out").mkdir()
     (tmp_path / "out-1").symlink_to("nowhere")
@@ -127,7 +127,7 @@ def test_free_name_counts_from_1(tmp_path):
     assert files.free_name(tmp_path / "out", separator=".") == tmp_path / "out.1"
 
 
-def test_missing_folders_are_not_created(tmp_path):
+def test_write_error_does_not_create_folders(tmp_path):
     assert files.write_error(tmp_path / "a" / "b") == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -147,7 +147,7 @@ def kill(process):
 
 
 def message_of(file):
-    """The error message of a lock that is taken."""
+    """The error message for a lock that another owner holds."""
     with pytest.raises(ValueError, match="lock: ") as caught, files.Lock(file, "out"):
         pass
     return str(caught.value)
@@ -167,14 +167,14 @@ def test_a_lock_is_held_until_its_process_ends(tmp_path):
         assert lock.stale
         assert lock.held()
         assert json.loads(file.read_text())["process"] == os.getpid()
-        assert f"process {os.getpid()} on" in message_of(file)  # also within one process
+        assert f"process {os.getpid()} on" in message_of(file)  # also within the same process
     assert not file.exists()
     with files.Lock(file, "out") as lock:
         assert not lock.stale
 
 
 @pytest.mark.parametrize("content", ["1", str(os.getpid()), "", "[]", "\xff" * 9000])
-def test_a_file_that_nobody_has_locked_is_stale(tmp_path, content):
+def test_a_file_that_no_process_has_locked_is_stale(tmp_path, content):
     (tmp_path / "lock").write_text(content)
     with files.Lock(tmp_path / "lock", "out") as lock:
         assert lock.stale == bool(content)
@@ -182,29 +182,29 @@ def test_a_file_that_nobody_has_locked_is_stale(tmp_path, content):
 
 
 def foreign(file, machine="another"):
-    """The file of a process on another host, whose locks do not arrive here."""
+    """Write the lock file of a process on another host, whose locks are not visible here."""
     owner = {"host": "node7", "process": 12, "started": "2026-01-02 03:04:05", "machine": machine}
     file.write_text(json.dumps(owner))
 
 
-def test_the_file_of_another_host_counts_while_its_heartbeat_is_fresh(tmp_path):
+def test_a_lock_file_of_another_host_is_valid_while_its_heartbeat_is_recent(tmp_path):
     file = tmp_path / "lock"
     foreign(file)
     assert re.fullmatch(
         rf"{file}: process 12 on node7, started 2026-01-02 03:04:05, was using out 0 s ago, and this file system may "
-        r"not share locks between hosts; wait for it to end, or if it has been killed, for \d+ s",
+        r"not share locks between hosts; wait for it to end, or if it was killed, wait \d+ s",
         message_of(file),
     )
     old = time.time() - files.FRESH
     os.utime(file, (old, old))
     with files.Lock(file, "out") as lock:
         assert lock.stale
-    foreign(file, machine=files.machine())  # of another container on this machine, where locks hold
+    foreign(file, machine=files.machine())  # from another container on this machine, whose locks are visible
     with files.Lock(file, "out") as lock:
         assert lock.stale
 
 
-def test_the_heartbeat_renews_the_file(tmp_path, monkeypatch):
+def test_the_heartbeat_updates_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "HEARTBEAT", 0.01)
     file = tmp_path / "lock"
     with files.Lock(file, "out"):
@@ -215,17 +215,17 @@ def test_the_heartbeat_renews_the_file(tmp_path, monkeypatch):
         assert file.stat().st_mtime > 0
 
 
-def test_where_the_file_system_has_no_locks_the_heartbeat_alone_counts(tmp_path, monkeypatch):
+def test_on_a_file_system_without_locks_only_the_heartbeat_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SETTLING", 0.0)
     monkeypatch.setattr(files, "_try_lock", lambda handle: None)
     file = tmp_path / "lock"
     with files.Lock(file, "out"):
         assert f"process {os.getpid()} on {socket.gethostname()}" in message_of(file)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: foreign(file))  # which writes at the same time
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: foreign(file))  # another process writes at the same time
     assert message_of(file).endswith("node7, started 2026-01-02 03:04:05, is using out")
 
 
-def test_a_lock_notices_that_its_folder_is_gone(tmp_path):
+def test_a_lock_detects_that_its_folder_was_moved(tmp_path):
     (tmp_path / "out").mkdir()
     with files.Lock(tmp_path / "out" / "lock", "out") as lock:
         (tmp_path / "out").rename(tmp_path / "moved")
@@ -251,7 +251,7 @@ for trial in range(int(sys.argv[2])):
 
 
 @pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_of_4_processes_that_race_for_a_stale_lock_one_gets_it(tmp_path, trials):
+def test_exactly_one_of_four_processes_acquires_a_stale_lock(tmp_path, trials):
     file = tmp_path / "lock"
     processes = [other_process("print(flush=True)" + RACE, file, trials) for _ in range(4)]
     try:
@@ -260,7 +260,7 @@ def test_of_4_processes_that_race_for_a_stale_lock_one_gets_it(tmp_path, trials)
                 file.write_text("1")
             else:
                 foreign(file, files.machine())
-            (tmp_path / f"lock-{trial}").touch()  # starts them
+            (tmp_path / f"lock-{trial}").touch()  # start all processes
             assert sorted(int(process.stdout.readline()) for process in processes) == [0, 0, 0, 1]
             for process in processes:
                 process.stdin.write(b"\n")
@@ -273,7 +273,7 @@ def test_of_4_processes_that_race_for_a_stale_lock_one_gets_it(tmp_path, trials)
             kill(process)
 
 
-def test_holders_that_come_and_go_never_overlap(tmp_path):
+def test_only_one_process_holds_the_lock_at_a_time(tmp_path):
     code = """
 import contextlib, time
 alone = files.Path(sys.argv[1] + "-alone")
@@ -295,7 +295,7 @@ print(count)
     assert entries(tmp_path) == []
 
 
-def test_interrupted_writes_are_undone(tmp_path):
+def test_clean_undoes_interrupted_writes(tmp_path):
     for name in (".page.partial", ".log.replaced", "log", "note.partial"):
         (tmp_path / name).touch()
     (tmp_path / ".model.partial").mkdir()
@@ -306,7 +306,7 @@ def test_interrupted_writes_are_undone(tmp_path):
     assert entries(tmp_path / "model") == ["weights"]
 
 
-def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch):
+def test_a_file_system_that_cannot_flush_folders_is_supported(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def refuse(handle):
@@ -320,7 +320,7 @@ def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeyp
     assert entries(tmp_path) == ["model"]
 
 
-def test_a_flush_that_fails_names_the_file(tmp_path, monkeypatch):
+def test_the_error_of_a_failed_flush_names_the_file(tmp_path, monkeypatch):
     (tmp_path / "page").touch()
 
     def fail(handle):

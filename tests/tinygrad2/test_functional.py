@@ -1,4 +1,4 @@
-"""Every operation in gradcheck's table compared with PyTorch; the functions in functional.py; errors."""
+"""Every operation in gradcheck's table, compared with PyTorch; the functions in functional.py; error messages."""
 
 import inspect
 
@@ -61,14 +61,14 @@ def test_every_operation_has_a_row_in_the_table():
     )
 
 
-def test_every_method_is_a_function():
+def test_every_method_is_also_a_function():
     own = {name for name, value in vars(methods.Methods).items() if inspect.isfunction(value) and name[0] != "_"}
     assert {name for name in own if not hasattr(functional, name)} == {"view", "permute"} - vars(functional).keys()
     for name in own & vars(functional).keys():
         assert getattr(functional, name).__doc__, f"{name} has no docstring"
 
 
-def test_functions_take_arrays_numbers_and_lists():
+def test_functions_accept_arrays_numbers_and_lists():
     x = Tensor([1.0, -2.0], requires_grad=True)
     assert functional.relu([1.0, -2.0]).numpy().tolist() == [1, 0]
     assert functional.maximum(0, x).numpy().tolist() == [1, 0]
@@ -156,20 +156,20 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=[message for _, _, message in ERRORS])
-def test_errors_name_the_operation_and_what_was_expected(call, kind, message):
+def test_errors_name_the_operation_and_the_expected_value(call, kind, message):
     with pytest.raises(kind, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
 
 
-# Create ---------------------------------------------------------------------------------------------------------------
+# Creation -------------------------------------------------------------------------------------------------------------
 
 
-def test_take_counts_negative_indices_from_the_end():
+def test_take_accepts_negative_indices():
     assert Tensor([1.0, 2.0, 3.0]).take([-1, 0]).numpy().tolist() == [3, 1]
 
 
-def test_created_tensors():
+def test_creation_functions():
     assert functional.zeros(2, 3).numpy().tolist() == [[0] * 3] * 2
     assert functional.ones((2,), dtype="float64").dtype == np.float64
     assert functional.full((), 2.5).item() == 2.5
@@ -209,7 +209,7 @@ def test_causal_attention_equals_ops_attention():
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 5), dtype=bool), np.full((3, 5), -np.inf)])
-def test_a_query_that_attends_to_no_key_gives_zero_and_has_no_gradient(mask):
+def test_a_query_without_visible_keys_gives_zero_and_has_zero_gradient(mask):
     q, k, v = (Tensor(R.normal(size=shape), requires_grad=True) for shape in ((3, 4), (5, 4), (5, 2)))
     with np.errstate(all="raise"):
         y = functional.scaled_dot_product_attention(q, k, v, mask)
@@ -218,7 +218,7 @@ def test_a_query_that_attends_to_no_key_gives_zero_and_has_no_gradient(mask):
     assert not any(x.grad.any() for x in (q, k, v))
 
 
-def test_grouped_heads_are_repeated_keys_and_values():
+def test_grouped_heads_equal_repeated_keys_and_values():
     q, k, v = (Tensor(R.normal(size=(2, heads, 3, 4))) for heads in (6, 2, 2))
     repeated = functional.scaled_dot_product_attention(q, k.repeat(3, 1), v.repeat(3, 1))
     np.testing.assert_allclose(functional.scaled_dot_product_attention(q, k, v).numpy(), repeated.numpy(), rtol=1e-12)
@@ -249,13 +249,13 @@ def test_cross_entropy_with_every_option(t, reduction, ignore, smoothing, weight
     compare(t, ours, other, [R.normal(size=(2, 3, 5))])
 
 
-def test_cross_entropy_of_ignored_targets_alone_is_nan_as_in_pytorch():
+def test_cross_entropy_is_nan_if_all_targets_are_ignored_as_in_pytorch():
     with np.errstate(all="ignore"):
         loss = functional.cross_entropy(Tensor(np.zeros((2, 3))), [1, 1], ignore_index=1)
     assert np.isnan(loss.item())
 
 
-def test_star_exports_are_the_functions():
+def test_the_export_list_contains_every_function():
     own = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"} - {
         "axis_of",
         "backend_of",

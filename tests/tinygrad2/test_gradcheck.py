@@ -12,8 +12,8 @@ from tinygrad2.tensor import record
 
 KERNELS = get_backend().kernels
 
-# For each backward kernel, the number of arrays that it returns, and the buffers that it adds to.
-GIVES = {
+# For each backward kernel: the number of arrays that it returns, and the buffers to which it adds.
+RESULTS = {
     "add_backward": (2, ()),
     "subtract_backward": (2, ()),
     "multiply_backward": (2, ()),
@@ -38,7 +38,7 @@ GIVES = {
     "cross_entropy_backward": (1, ()),
     "lm_head_backward": (1, ("dweight",)),
 }
-PLANTS = [(name, part) for name, (returned, buffers) in GIVES.items() for part in (*range(returned), *buffers)]
+INJECTED = [(name, part) for name, (returned, buffers) in RESULTS.items() for part in (*range(returned), *buffers)]
 WITHOUT_KERNELS = {  # operations without a backward kernel of their own
     "_shift_backward": tensor,
     "_scale_backward": tensor,
@@ -66,19 +66,19 @@ WITHOUT_KERNELS = {  # operations without a backward kernel of their own
 
 
 def scaled(gradient):
-    """The whole gradient, wrong by 0.1%."""
+    """The gradient, with all elements wrong by 0.1 %."""
     return gradient * 1.001
 
 
 def one_element(gradient):
-    """The gradient, with its largest element wrong by 0.1%."""
+    """The gradient, with its largest element wrong by 0.1 %."""
     wrong = np.array(gradient)
     wrong[np.unravel_index(np.argmax(np.abs(wrong)), wrong.shape)] *= 1.001
     return wrong
 
 
 def injected(kernel, part, damage):
-    """The backward kernel, with `damage` to one of the arrays that it returns or adds to a buffer."""
+    """The backward kernel, with `damage` applied to one of the arrays that it returns or adds to a buffer."""
     signature = inspect.signature(kernel)
 
     def wrong(*arguments):
@@ -98,27 +98,27 @@ def injected(kernel, part, damage):
 
 
 def caught(operation):
-    """Whether a row of the table for this operation fails."""
+    """Whether at least one of this operation's rows in the table fails."""
     rows = [case for case in CASES if case.name.startswith(operation)]
     assert rows
     return any(case.error() > case.bound for case in rows)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_gradient(case):
+def test_every_gradient_is_correct(case):
     assert case.error(seed=1) <= case.bound
 
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
-@pytest.mark.parametrize(("kernel", "part"), PLANTS)
-def test_an_error_of_a_thousandth_is_detected(monkeypatch, kernel, part, damage):
+@pytest.mark.parametrize(("kernel", "part"), INJECTED)
+def test_a_relative_error_of_one_thousandth_in_a_kernel_is_detected(monkeypatch, kernel, part, damage):
     monkeypatch.setattr(KERNELS, kernel, injected(getattr(KERNELS, kernel), part, damage))
     assert caught(kernel.removesuffix("_backward"))
 
 
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_an_error_of_a_thousandth_outside_of_the_kernels_is_detected(monkeypatch, name, damage):
+def test_a_relative_error_of_one_thousandth_outside_the_kernels_is_detected(monkeypatch, name, damage):
     right = getattr(WITHOUT_KERNELS[name], name)
 
     def wrong(*arguments):
@@ -136,7 +136,7 @@ WITH_A_SLOPE = """
 
 
 @pytest.mark.parametrize("name", WITH_A_SLOPE.split())
-def test_an_error_of_a_thousandth_in_a_slope_is_detected(monkeypatch, name):
+def test_a_relative_error_of_one_thousandth_in_a_slope_is_detected(monkeypatch, name):
     right = methods.Slope.__call__
 
     def wrong(self, saved, dy, into):
@@ -147,29 +147,29 @@ def test_an_error_of_a_thousandth_in_a_slope_is_detected(monkeypatch, name):
     assert caught(name)
 
 
-def test_every_slope_has_a_injected_error():
+def test_every_slope_has_an_injected_error():
     source = inspect.getsource(methods)
     without = {"sign", "floor", "ceil", "round", "trunc"}
     assert set(re.findall(r'_map\(\s*"(\w+)"', source)) - without == set(WITH_A_SLOPE.split()) - {"std"}
 
 
 @pytest.mark.parametrize("kernel", ["linear_backward", "attention_backward", "gelu_backward", "add_layernorm_backward"])
-def test_the_transformer_alone_detects_an_error_too(monkeypatch, kernel):
+def test_the_transformer_rows_detect_an_error_too(monkeypatch, kernel):
     monkeypatch.setattr(KERNELS, kernel, injected(getattr(KERNELS, kernel), 0, scaled))
     assert caught("transformer block")
     assert caught("transformer, two blocks")
 
 
-def test_every_backward_pass_has_injected_errors_and_rows():
+def test_every_backward_function_has_injected_errors_and_rows():
     backward = {name for name in vars(reference) if name.endswith("_backward")}
-    assert backward == set(GIVES)
+    assert backward == set(RESULTS)
     assert {f"_{name}" for name in backward} | set(WITHOUT_KERNELS) >= {
         name
         for module in (tensor, ops, methods, gradient_checkpointing)
         for name in vars(module)
         if name.endswith("_backward")
-    } - {"_empty_backward"}  # its gradients are zeros, see test_empty.py
-    for name, (_, buffers) in GIVES.items():
+    } - {"_empty_backward"}  # its gradients are zeros; see test_empty.py
+    for name, (_, buffers) in RESULTS.items():
         assert hasattr(reference, name.replace("_backward", "_forward"))
         last = list(inspect.signature(getattr(reference, name)).parameters)[-2:]
         assert set(buffers) == {argument for argument in last if argument in ("dx", "dweight", "dbias", "dwte", "dwpe")}
@@ -180,15 +180,15 @@ def wrong_by(factor):
     return lambda x: record(x.data**2, (x,), lambda saved, dy, into: (factor * 2 * saved[0] * dy,), saved=(x.data,))
 
 
-def test_errors_are_relative_and_one_for_each_input():
+def test_check_returns_a_relative_error_for_each_input():
     x = np.array([[1.0, -2.0], [0.5, 3.0]])
     wrong = wrong_by(1.001)
-    right, off = check(lambda a, b: a * wrong(b), [x, x])
-    assert right < 1e-9
-    assert off == pytest.approx(1e-3, rel=1e-6)
+    first, second = check(lambda a, b: a * wrong(b), [x, x])
+    assert first < 1e-9
+    assert second == pytest.approx(1e-3, rel=1e-6)
 
 
-def test_raises_in_one_line_that_names_the_input():
+def test_a_failed_check_raises_a_one_line_error_that_names_the_input():
     x = np.ones((2, 3))
     check(wrong_by(1), [x], raises=True)
     with pytest.raises(
@@ -198,7 +198,7 @@ def test_raises_in_one_line_that_names_the_input():
     assert "\n" not in str(e.value)
 
 
-def test_the_tolerance_decides():
+def test_a_check_passes_up_to_the_tolerance():
     check(wrong_by(1.001), [[1.0, 2.0]], raises=True, tolerance=2e-3)
     with pytest.raises(AssertionError, match="expected at most 5e-04"):
         check(wrong_by(1.001), [[1.0, 2.0]], raises=True, tolerance=5e-4)
@@ -212,22 +212,22 @@ def test_a_missing_gradient_is_an_error():
         check(lambda a, b: a * b.detach(), detached, raises=True)
 
 
-def test_an_input_that_does_not_matter_is_not_an_error():
+def test_an_unused_input_is_not_an_error():
     assert check(lambda a, b: a * 2, [np.ones(3), np.ones(3)])[1] == 0
 
 
 @pytest.mark.parametrize("n", [5, 300])
-def test_a_gradient_that_is_truly_zero_is_not_an_error(n):
+def test_a_gradient_that_is_exactly_zero_is_not_an_error(n):
     x = np.random.default_rng(0).normal(size=(7, n))
     assert check(lambda x: ops.softmax(x).sum(-1), [x])[0] < 1e-7
 
-    def key_bias(b):  # shifts all scores of a row equally
+    def key_bias(b):  # adds the same value to all scores of a row
         return ops.attention(Tensor(np.tile(x[None, :, :2], 3)) + Tensor(np.eye(3, dtype=float)[1].repeat(2)) * b, 1)
 
     assert check(key_bias, [[0.5]])[0] < 1e-7
 
 
-def test_a_zero_gradient_given_as_something_else_is_an_error():
+def test_a_nonzero_result_for_a_zero_gradient_is_an_error():
     def shifted(x):
         y = ops.softmax(x).data.sum(-1)
         return record(y, (x,), lambda saved, dy, into: (1e-6 * np.ones(saved[0]),), saved=(x.shape,))
@@ -236,7 +236,7 @@ def test_a_zero_gradient_given_as_something_else_is_an_error():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_infinity_are_infinite_errors(value):
+def test_nan_and_infinity_give_an_infinite_error(value):
     def in_gradient(x):
         return record(x.data * 1, (x,), lambda saved, dy, into: (dy * np.array([1, value]),))
 
@@ -246,7 +246,7 @@ def test_nan_and_infinity_are_infinite_errors(value):
         check(in_gradient, [np.ones(2)], raises=True)
 
 
-def test_inputs_may_be_lists_tensors_and_float32_and_are_not_changed():
+def test_inputs_may_be_lists_tensors_or_float32_and_are_not_changed():
     array = np.array([[1.0, 2.0]], dtype=np.float32)
     leaf = Tensor(array, requires_grad=True)
     before = array.copy()
@@ -261,7 +261,7 @@ def test_several_results_and_scalars():
     assert max(check(lambda a, b: (a * b, a.sum(), b.exp()), [np.array(0.5), np.array(1.5)])) < 1e-9
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(TypeError, match="inputs has type ndarray; expected a list"):
         check(lambda x: x, np.ones(3))
     with pytest.raises(TypeError, match="fn returned float; expected a Tensor"):

@@ -7,34 +7,34 @@ from tinygrad2 import Key, Tensor, no_grad, ops, recompute
 
 
 class TestRecompute:
-    """recompute(f, x) is bit-identical to f(x), for anything that f may do."""
+    """recompute(f, x) gives the same bits as f(x)."""
 
     @staticmethod
     def function(weight):
         def f(x, y):
             h = ops.dropout(ops.gelu(ops.linear(x, weight)), 0.5, Key(1, site=4))
-            return h + y, h * 2  # the second result is used or not
+            return h + y, h * 2  # the second result may be unused
 
         return f
 
     @pytest.mark.parametrize("use_second", [False, True])
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
-    def test_results_and_gradients_are_the_same_bits(self, use_second, wanted):
+    def test_results_and_gradients_are_bit_identical(self, use_second, wanted):
         outcomes = []
-        for again in (False, True):
+        for recomputed in (False, True):
             rng = np.random.default_rng(0)
             weight = Tensor(rng.normal(size=(4, 4)), requires_grad=True)
             x, y = (Tensor(rng.normal(size=(3, 4)), requires_grad=grad) for grad in wanted)
             f = self.function(weight)
-            first, second = recompute(f, x * 1.0, y * 1.0) if again else f(x * 1.0, y * 1.0)
+            first, second = recompute(f, x * 1.0, y * 1.0) if recomputed else f(x * 1.0, y * 1.0)
             total = first.sum() + second.sum() if use_second else first.sum()
-            if any(wanted) or not again:
+            if any(wanted) or not recomputed:
                 total.backward()
             outcomes.append([total.data, *(t.grad for t in (x, y)), weight.grad if any(wanted) else None])
         for ours, theirs in zip(*outcomes, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
-    def test_only_the_inputs_are_kept(self):
+    def test_only_the_inputs_are_saved(self):
         kept = []
 
         def f(x):
@@ -60,7 +60,7 @@ class TestRecompute:
         with no_grad():
             assert not recompute(lambda x: x * x, x).requires_grad
 
-    def test_nested(self):
+    def test_nested_calls(self):
         x = Tensor(np.full(3, 2.0), requires_grad=True)
         recompute(lambda x: recompute(lambda x: x * x, x) * x, x).sum().backward()
         np.testing.assert_array_equal(x.grad, 3 * x.data**2)

@@ -8,7 +8,7 @@ from tinygrad2 import nn
 
 
 class Chain(nn.Module):
-    """Modules that were constructed separately."""
+    """A module that contains separately constructed modules."""
 
     def __init__(self, *modules):
         self.modules_in_order = list(modules)
@@ -21,14 +21,14 @@ class Nested(nn.Module):
 
 
 MAKERS = {
-    "constructed inside": Nested,
-    "passed": lambda: Chain(nn.Linear(3, 4), nn.Linear(3, 4), nn.Embedding(3, 4), nn.Linear(3, 4)),
-    "passed, nested": lambda: Chain(Chain(nn.Linear(3, 4), nn.Linear(3, 4)), MLP(), MLP(), nn.Linear(3, 4)),
+    "constructed inside the model": Nested,
+    "passed to the model": lambda: Chain(nn.Linear(3, 4), nn.Linear(3, 4), nn.Embedding(3, 4), nn.Linear(3, 4)),
+    "passed to nested models": lambda: Chain(Chain(nn.Linear(3, 4), nn.Linear(3, 4)), MLP(), MLP(), nn.Linear(3, 4)),
 }
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_layers_without_an_initializer_differ(make):
+def test_layers_without_an_initializer_have_different_values(make):
     weights = [p.data for p in make().parameters() if p.ndim == 2]
     directions = [w.reshape(-1)[:6] / np.linalg.norm(w.reshape(-1)[:6]) for w in weights]
     for i, first in enumerate(directions):
@@ -37,7 +37,7 @@ def test_layers_without_an_initializer_differ(make):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_initial_values_do_not_depend_on_what_was_constructed_before(make):
+def test_initial_values_do_not_depend_on_earlier_modules(make):
     first = make()
     kept = [nn.Linear(2, 2), MLP()]
     for p, q in zip(first.parameters(), make().parameters(), strict=True):
@@ -45,7 +45,7 @@ def test_initial_values_do_not_depend_on_what_was_constructed_before(make):
     np.testing.assert_array_equal(kept[0].weight.data, nn.Linear(2, 2).weight.data)
 
 
-def test_a_layer_keeps_values_that_were_assigned_before_it_became_part_of_a_model():
+def test_a_layer_keeps_values_assigned_before_it_became_part_of_a_model():
     layers = [nn.Linear(3, 4) for _ in range(3)]
     first = layers[0].weight.data.copy()
     layers[1].weight.data[...] = 7
@@ -55,7 +55,7 @@ def test_a_layer_keeps_values_that_were_assigned_before_it_became_part_of_a_mode
     assert (layers[2].weight.data != first).all()
 
 
-def test_a_constructor_that_fails_leaves_nothing_behind():
+def test_a_constructor_that_fails_does_not_affect_later_modules():
     class Fails(nn.Module):
         def __init__(self):
             self.layer = nn.Linear(3, 4)

@@ -1,4 +1,4 @@
-"""tinygrad2/machine.py: cores, memory, and limits by control groups."""
+"""tinygrad2/machine.py: cores, memory, and the limits of control groups."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def group(root, process, line, files):
         ("0::/not/seen/from/here\n", {"cpu.max": "100000 100000"}, 1.0, None),
     ],
 )
-def test_the_limits_of_control_groups(tmp_path, line, files, cores, memory):
+def test_limits_of_control_groups_are_read(tmp_path, line, files, cores, memory):
     process = tmp_path / "cgroup"
     group(tmp_path / "root", process, line, files)
     assert machine.cpu_quota(tmp_path / "root", process) == cores
@@ -54,7 +54,7 @@ def test_without_control_groups_there_is_no_limit(tmp_path):
     assert machine.memory_limit(tmp_path, tmp_path / "nothing") is None
 
 
-def test_the_machine_of_a_run_is_described_in_text():
+def test_describe_returns_strings():
     described = machine.describe()
     assert described.keys() == {"processor", "cores", "memory", "system", "python", "numpy"}
     assert all(value and isinstance(value, str) for value in described.values())
@@ -69,36 +69,36 @@ def test_a_limit_that_cannot_be_read_is_ignored(tmp_path, text):
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(None, 8), (0.5, 1), (1.5, 2), (3.0, 3), (7.2, 8), (64.0, 8)])
-def test_a_quota_is_rounded_up_to_threads(monkeypatch, quota, threads):
-    """Here and in the doctor's recommendation (see test_doctor.py)."""
+def test_the_number_of_threads_is_the_cpu_quota_rounded_up(monkeypatch, quota, threads):
+    """gpt2.doctor recommends the same number (see test_doctor.py)."""
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     monkeypatch.setattr(machine, "cores", lambda: set(range(8)))
     assert machine.usable_threads() == threads
 
 
-def test_a_load_average_that_is_unknown_is_0(monkeypatch):
+def test_an_unknown_load_average_is_0(monkeypatch):
     assert machine.load_average() >= 0
     monkeypatch.delattr(machine.os, "getloadavg")
     assert machine.load_average() == 0
 
 
-def test_free_memory_is_part_of_all_memory():
+def test_free_memory_is_at_most_total_memory():
     free, total = machine.memory()
     assert 0 < free <= total
 
 
-def test_the_modules_without_packages_need_none():
-    """-S: without site-packages."""
+def test_files_and_machine_need_no_packages():
+    """The option -S excludes site-packages."""
     code = "import sys; from tinygrad2 import files, machine; assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-S", "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_a_missing_program_is_one_line():
+def test_a_missing_program_gives_a_one_line_error():
     assert machine.call(["no-such-program"], 5) == ("", "no-such-program: No such file or directory")
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are POSIX's")
-def test_the_children_of_a_process_that_hangs_end_with_it(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX process groups")
+def test_child_processes_of_a_hanging_program_are_killed_too(tmp_path):
     file = tmp_path / "child"
     machine.call(["sh", "-c", f"sleep 60 & echo $! > {file}; wait"], seconds=1)
     child = Path("/proc") / file.read_text().strip()

@@ -17,7 +17,7 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
-def test_an_array_is_like_numpys(pool):
+def test_an_array_has_numpys_properties(pool):
     x = memory.empty((3, 100_000), np.float32)
     x[...] = 7
     assert (x.shape, x.dtype, x.flags.c_contiguous, x.flags.writeable) == ((3, 100_000), np.float32, True, True)
@@ -33,12 +33,12 @@ def test_a_small_array_does_not_come_from_the_pool(pool):
     assert pool.held == 0
 
 
-def test_memory_is_reused_when_the_last_view_is_gone(pool):
+def test_memory_is_reused_when_the_last_view_is_deleted(pool):
     x = memory.empty((100_000,), np.float32)
     where = address(x)
     view = x.reshape(100, 1000)[3:, ::2].T
     del x
-    assert address(memory.empty((100_000,), np.float32)) != where, "a view was still there"
+    assert address(memory.empty((100_000,), np.float32)) != where, "the memory was reused while a view existed"
     view[...] = 1
     del view
     assert address(memory.empty((1000, 100), np.float32)) == where
@@ -65,8 +65,8 @@ def test_the_memory_of_two_arrays_does_not_overlap(pool):
     assert all((array == i).all() for i, array in enumerate(arrays))
 
 
-def test_the_pool_does_not_keep_much_more_than_was_ever_in_use(pool):
-    for n in range(1, 200):  # as for a growing text, every size is new
+def test_the_pool_keeps_little_more_than_the_peak_usage(pool):
+    for n in range(1, 200):  # every size is new, as with a growing text
         memory.empty((n, 20_000), np.float32)
     assert pool.held <= memory.SLACK * pool.most_used + memory.GRANULE
     assert pool.used == 0
@@ -84,7 +84,7 @@ def test_trim_keeps_memory_in_use(pool):
     assert pool.used == 0
 
 
-def test_several_threads(pool):
+def test_the_pool_is_thread_safe(pool):
     wrong = []
 
     def work(number):
@@ -103,7 +103,7 @@ def test_several_threads(pool):
     assert pool.used == 0
 
 
-def test_a_training_step_allocates_nothing_large_once_the_pool_is_filled():
+def test_a_training_step_makes_no_large_allocation_once_the_pool_is_filled():
     from gpt2 import GPT2, GPT2Config
     from tinygrad2 import Key, optim
     from tinygrad2.backend import get_backend
@@ -150,9 +150,9 @@ def test_out_of_memory_frees_unused_memory_and_retries(pool, monkeypatch, capsys
     with pytest.raises(MemoryError):
         memory.empty((1_000_000,), np.uint8)
     assert pool.held == pool.used == 0
-    assert capsys.readouterr().err == "", "an array that was never created returns no memory"
+    assert capsys.readouterr().err == "", "an array that was never created must not return memory"
     limit = 800_000
     first, second = memory.empty((100_000,), np.uint8), memory.empty((400_000,), np.uint8)
     del first
-    assert memory.empty((250_000,), np.uint8).size == 250_000  # in memory that was free
+    assert memory.empty((250_000,), np.uint8).size == 250_000  # in memory that the pool has freed
     assert second.size == 400_000

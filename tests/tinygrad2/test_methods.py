@@ -1,7 +1,7 @@
-"""The methods of Tensor compared with PyTorch in float64: tensors of any shape, edge values, accuracy.
+"""The methods of Tensor, compared with PyTorch in float64: shapes, edge values, accuracy.
 
-Other tests use the table in tinygrad2/gradcheck.py: for gradients against finite differences, memory layouts, float32
-and the stand-in for CuPy.
+Other tests use the table in tinygrad2/gradcheck.py to test gradients against finite differences, memory layouts,
+float32, and the stand-in for CuPy.
 """
 
 import math
@@ -50,7 +50,7 @@ SHAPES = [(), (0,), (2, 0, 3), (1,), (2, 1, 3)]
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", UNARY)
-def test_one_operand_of_any_shape(name, shape, t):
+def test_unary_operations_with_any_shape(name, shape, t):
     with np.errstate(all="ignore"):
         compare(t, getattr(functional, name), theirs(t, name), [R.uniform(0.1, 0.9, shape)])
 
@@ -59,7 +59,7 @@ def test_one_operand_of_any_shape(name, shape, t):
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("shapes", [((), ()), ((), (3,)), ((0, 3), (1, 3)), ((2, 1, 3), (4, 1)), ((1, 1), ())])
 @pytest.mark.parametrize("name", BINARY)
-def test_two_operands_that_broadcast(name, shapes, t):
+def test_binary_operations_with_broadcasting(name, shapes, t):
     function = getattr(t, {"power": "pow"}.get(name, name))
     compare(
         t, getattr(functional, name), lambda t, a, b: function(a, b), [R.uniform(0.5, 2, shape) for shape in shapes]
@@ -86,7 +86,7 @@ OVER_AN_AXIS = {  # our function and PyTorch's, called with a tensor and an axis
     "all": (lambda x, i: (x > 0).all(i), lambda x, i: (x > 0).all(i)),
     "any": (lambda x, i: (x > 0).any(i), lambda x, i: (x > 0).any(i)),
 }
-NO_ELEMENT = ("min", "argmax", "argmin")
+UNDEFINED_IF_EMPTY = ("min", "argmax", "argmin")
 
 
 @pytest.mark.parity
@@ -94,12 +94,12 @@ NO_ELEMENT = ("min", "argmax", "argmin")
 @pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 0), (4, 3), (2, 1, 3)])
 @pytest.mark.parametrize("name", OVER_AN_AXIS)
-def test_over_an_axis_of_any_shape(name, shape, axis, t):
+def test_operations_over_an_axis_with_any_shape(name, shape, axis, t):
     ours, other = OVER_AN_AXIS[name]
     if name == "roll" and not shape:
         return  # not supported by PyTorch
     x = R.normal(size=shape)
-    if name in NO_ELEMENT and shape and shape[axis] == 0:
+    if name in UNDEFINED_IF_EMPTY and shape and shape[axis] == 0:
         with pytest.raises(ValueError, match=r"shape"):
             ours(Tensor(x), axis)
         return
@@ -108,7 +108,7 @@ def test_over_an_axis_of_any_shape(name, shape, axis, t):
 
 
 @pytest.mark.parametrize("name", ["prod", "var", "std", "logsumexp", "norm", "min"])
-def test_over_several_axes_and_kept(name):
+def test_reductions_over_several_axes_with_keepdims(name):
     x = Tensor(R.normal(size=(2, 3, 4)))
     y = getattr(x, name)(axis=(0, -1), keepdims=True)
     assert y.shape == (1, 3, 1)
@@ -128,21 +128,21 @@ def test_argmax_and_argmin_without_an_axis():
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, 0.5, -0.5, 2.5, 30.0, -30.0, 800.0, -800.0]
 EDGES += [math.inf, -math.inf, math.nan, 1e300, -1e300, 1e-310]
-# Differences from PyTorch, and the reasons: (operation, which, for NaN). Signs of zeros are not compared.
-NAN_STAYS = "the value is NaN, or its slope is unknown; we return NaN, as NumPy does"
+# Differences from PyTorch for NaN: (operation, value or gradient), and the reason. Signs of zeros are not compared.
+NAN_PROPAGATES = "the value is NaN, or its slope is unknown; we return NaN, as NumPy does"
 DIFFERENCES = {
-    ("sign", "value"): NAN_STAYS,
-    ("abs", "gradient"): NAN_STAYS,
-    ("elu", "gradient"): NAN_STAYS,
-    ("celu", "gradient"): NAN_STAYS,
-    ("selu", "gradient"): NAN_STAYS,
+    ("sign", "value"): NAN_PROPAGATES,
+    ("abs", "gradient"): NAN_PROPAGATES,
+    ("elu", "gradient"): NAN_PROPAGATES,
+    ("celu", "gradient"): NAN_PROPAGATES,
+    ("selu", "gradient"): NAN_PROPAGATES,
 }
 
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("name", UNARY)
-def test_edge_values_of_one_operand(name, t):
+def test_edge_values_of_unary_operations(name, t):
     other = theirs(t, name)
     found = differences(t, getattr(functional, name), lambda x: other(t, x), [np.array(EDGES)])
     assert {(name, which) for which in found} == {key for key in DIFFERENCES if key[0] == name}
@@ -152,10 +152,10 @@ def test_edge_values_of_one_operand(name, t):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("name", [name for name in BINARY if name != "power"] + ["pow"])
-def test_edge_values_of_two_operands(name, t):
+def test_edge_values_of_binary_operations(name, t):
     a, b = (grid.reshape(-1).copy() for grid in np.meshgrid(EDGES, EDGES))
     found = differences(t, getattr(functional, name), getattr(t, name), [a, b])
-    if name == "remainder":  # PyTorch computes a - b floor(a / b), where a / b overflows; NumPy's and ours are exact
+    if name == "remainder":  # PyTorch's a / b overflows; NumPy's and our results are exact
         assert {b for _, b in found.pop("value")} == {1e-310}
     assert not found
 
@@ -165,8 +165,8 @@ def test_edge_values_of_two_operands(name, t):
 @pytest.mark.parametrize("exponent", [0, 1, 2, 3, -1, -2, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, -0.5, -1.0, -2.0])
 def test_edge_values_of_powers(exponent, t):
     found = differences(t, lambda x: x**exponent, lambda x: x**exponent, [np.array(EDGES)])
-    if exponent == -0.5:  # PyTorch computes the reciprocal square root; NumPy and we compute IEEE 754's pow
-        assert {x for (x,) in found.pop("value")} - {0.0} == {-math.inf}  # (PyTorch's sign of -0 differs)
+    if exponent == -0.5:  # PyTorch uses rsqrt; NumPy and this project use the pow of IEEE 754
+        assert {x for (x,) in found.pop("value")} - {0.0} == {-math.inf}  # PyTorch's sign at -0 differs
     assert not found
 
 
@@ -190,7 +190,7 @@ def test_ties_zeros_and_bounds(t):
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("row", [[-math.inf, 0.0], [math.inf, 0.0], [math.nan, 0.0], [1e300, -1e300], [800.0, 801.0]])
 @pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
-def test_edge_values_of_a_row(name, row, t):
+def test_edge_values_of_softmax_functions(name, row, t):
     found = differences(
         t, lambda x: getattr(x, name)(-1), lambda x: getattr(x, name)(-1), [np.array([row, [1.0, 2.0]])]
     )
@@ -200,7 +200,7 @@ def test_edge_values_of_a_row(name, row, t):
 # Numerics -------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_overflows_and_precision_is_kept():
+def test_large_arguments_neither_overflow_nor_lose_precision():
     with np.errstate(all="raise", under="ignore"):
         x = Tensor(np.array([-800.0, -40.0, 0.0, 40.0, 800.0]), requires_grad=True)
         np.testing.assert_allclose(x.sigmoid().numpy(), [0, math.exp(-40), 0.5, 1, 1], rtol=1e-15)
@@ -211,7 +211,7 @@ def test_nothing_overflows_and_precision_is_kept():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e7, 1e8, -1e8])
-def test_log_softmax_and_its_loss_do_not_depend_on_an_offset(offset):
+def test_log_softmax_and_cross_entropy_do_not_depend_on_an_offset(offset):
     logits = Tensor(np.float32([[offset, offset], [offset, offset + 64]]), requires_grad=True)
     y = logits.log_softmax()
     np.testing.assert_allclose(y.numpy(), [[-math.log(2)] * 2, [-64, 0]], rtol=1e-6)
@@ -227,17 +227,17 @@ def test_variance_with_a_large_mean(name):
 
 
 @pytest.mark.parametrize("name", [*UNARY, "softmax", "logsumexp", "var", "std", "norm"])
-def test_integers_become_float32_and_have_the_values_of_floats(name):
+def test_integers_give_the_same_float32_values_as_floats(name):
     x = np.array([1, 2, 3])
-    whole = ("abs", "sign", "square", "floor", "ceil", "round", "trunc", "relu", "nan_to_num")
+    integral = ("abs", "sign", "square", "floor", "ceil", "round", "trunc", "relu", "nan_to_num")
     with np.errstate(all="ignore"):
         y = getattr(functional, name)(Tensor(x))
         expected = getattr(functional, name)(Tensor(x.astype("float32")))
-    assert name in whole or y.dtype == np.float32
+    assert name in integral or y.dtype == np.float32
     np.testing.assert_allclose(y.numpy(), expected.numpy())
 
 
-def test_numpys_scalars_do_not_promote():
+def test_numpy_scalars_do_not_promote():
     x, number = Tensor([0.5, -0.5, 2.0]), np.float64(0.25)
     for y in (
         x.clip(-number, number), x.hardtanh(-number, number), x.leaky_relu(number), x.elu(number), x.celu(number),
@@ -247,17 +247,17 @@ def test_numpys_scalars_do_not_promote():
         assert y.dtype == np.float32
 
 
-def test_integers_and_booleans():
-    flags, small = Tensor(np.array([True, True, False])), Tensor(np.array([100, 2, -3], dtype="int8"))
-    assert flags.cumsum(0).numpy().tolist() == [1, 2, 2]
-    assert flags.prod().dtype == np.int64
+def test_methods_of_integers_and_booleans():
+    booleans, small = Tensor(np.array([True, True, False])), Tensor(np.array([100, 2, -3], dtype="int8"))
+    assert booleans.cumsum(0).numpy().tolist() == [1, 2, 2]
+    assert booleans.prod().dtype == np.int64
     assert small.prod().item() == -600
     assert small.cumsum(0).numpy().tolist() == [100, 102, 99]
     assert small.clip(-1, 5).numpy().tolist() == [5, 2, -1]
     assert small.clip(-1, 5).dtype == np.int8
     assert small.clip(max=2.5).dtype == np.float32
     assert small.clip().numpy().tolist() == [100, 2, -3]
-    assert small.maximum(flags).dtype == np.int8
-    assert functional.where(flags, small, 0.5).dtype == np.float32
+    assert small.maximum(booleans).dtype == np.int8
+    assert functional.where(booleans, small, 0.5).dtype == np.float32
     assert functional.concatenate([small, Tensor([0.5])]).dtype == np.float32
-    assert functional.stack([flags, small]).numpy().tolist() == [[1, 1, 0], [100, 2, -3]]
+    assert functional.stack([booleans, small]).numpy().tolist() == [[1, 1, 0], [100, 2, -3]]

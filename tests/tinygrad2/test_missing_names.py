@@ -21,7 +21,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("owner", "value", "hints"), TABLES, ids=[f"{o}-{len(h)}" for o, _, h in TABLES])
-def test_every_name_has_its_hint(owner, value, hints):
+def test_the_error_for_every_missing_name_contains_its_hint(owner, value, hints):
     for name, hint in hints.items():
         with pytest.raises(AttributeError) as raised:
             getattr(value, name)
@@ -36,7 +36,7 @@ def test_every_name_has_its_hint(owner, value, hints):
     [("mm", "use the method: x.mm"), ("numel", "use the method: x.numel"),
      ("median", "use np.median, which takes Tensors"), ("cross", "use np.cross, which takes Tensors")],
 )  # fmt: skip
-def test_functions_that_are_methods_or_numpys(name, hint):
+def test_hints_for_functions_that_are_methods_or_in_numpy(name, hint):
     with pytest.raises(AttributeError) as raised:
         getattr(tinygrad2, name)
     assert str(raised.value) == f"tinygrad2 has no attribute {name!r}; {hint}"
@@ -51,28 +51,28 @@ def test_functions_that_are_methods_or_numpys(name, hint):
         ("nonsense_", "write to x.data"),
     ],
 )
-def test_in_place_methods(name, use):
+def test_hints_for_in_place_methods(name, use):
     with pytest.raises(AttributeError) as raised:
         getattr(Tensor([1.0]), name)
     assert str(raised.value) == f"Tensor has no attribute {name!r}; in-place methods are not supported: {use}"
 
 
 @pytest.mark.parametrize("name", ["tensor", "array"])
-def test_calling_a_module_that_shares_its_name_with_a_function(name):
+def test_calling_a_module_named_like_a_function_raises(name):
     with pytest.raises(TypeError) as raised:
         getattr(tinygrad2, name)([1.0, 2.0])
     assert str(raised.value).startswith(f"tinygrad2.{name} is a module; use tinygrad2.Tensor(values)")
 
 
 @pytest.mark.parametrize("operation", ["conv2d", "max_pool2d", "scatter_add", "linalg", "fft", "batch_norm"])
-def test_unsupported_operations_are_rejected_by_name(operation):
+def test_unsupported_operations_raise(operation):
     for owner in (tinygrad2, Tensor([1.0])):
         with pytest.raises(AttributeError, match=r"not supported.*: "):
             getattr(owner, operation)
 
 
-def test_the_hints_for_families_of_operations_are_right():
-    """Pooling by reshape, and scatter by one_hot."""
+def test_the_hints_for_families_of_operations_are_correct():
+    """The hints are: pooling with reshape, and scatter with one_hot."""
     x = np.arange(12.0).reshape(2, 6)
     pooled = Tensor(x).reshape(2, 6 // 3, 3).max(axis=-1)
     np.testing.assert_array_equal(pooled.numpy(), [[2, 5], [8, 11]])
@@ -85,7 +85,7 @@ def test_the_hints_for_families_of_operations_are_right():
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_the_compositions_in_the_hints_are_pytorchs_functions():
+def test_the_compositions_in_the_hints_equal_pytorchs_functions():
     import torch
 
     r = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""PyTorch's names on a Tensor, compared with PyTorch: values and gradients in float64."""
+"""Tensor methods with PyTorch's names: values and gradients, compared with PyTorch in float64."""
 
 import inspect
 
@@ -46,7 +46,7 @@ def of_torch(t, name, x, *arguments):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("name", ONE)
-def test_a_name_of_one_operand(name):
+def test_a_method_with_one_operand(name):
     import torch
 
     arguments = ARGUMENTS.get(name, ())
@@ -57,7 +57,7 @@ def test_a_name_of_one_operand(name):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("name", [*TWO, *SHAPED])
-def test_a_name_of_two_operands(name):
+def test_a_method_with_two_operands(name):
     import torch
 
     shapes = SHAPED.get(name, ((3, 3), (3, 3)))
@@ -65,7 +65,7 @@ def test_a_name_of_two_operands(name):
     compare(torch, lambda a, b: getattr(a, name)(b), lambda t, a, b: getattr(a, name)(b), arrays)
 
 
-def test_the_others():
+def test_other_methods():
     x = Tensor(np.array([[1.5, 0.0], [-2.0, 1.0]]))
     assert x.numel() == 4
     assert x.dim() == 2

@@ -36,14 +36,14 @@ def test_names_are_paths_in_the_order_of_registration():
     assert [id(p) for p in model.parameters()] == [id(p) for p in named.values()]
 
 
-def test_n_parameters():
+def test_n_parameters_counts_all_elements():
     assert nn.Linear(3, 4).n_parameters() == 16
     assert nn.Linear(3, 4, bias=False).n_parameters() == 12
     assert nn.LayerNorm(5).n_parameters() == 10
     assert nn.Embedding(7, 2).n_parameters() == 14
 
 
-def test_layers_call_their_operations():
+def test_layers_equal_their_operations():
     x, tokens = Tensor(R.normal(size=(2, 5, 3))), np.array([[1, 0, 1]])
     linear, norm = nn.Linear(3, 4, precision="float64"), nn.LayerNorm(3, eps=0.1, precision="float64")
     linear.bias.data = R.normal(size=4)
@@ -58,7 +58,7 @@ def test_layers_call_their_operations():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_initial_values(dtype):
+def test_default_initial_values(dtype):
     linear, norm, table = (
         nn.Linear(400, 100, precision=dtype),
         nn.LayerNorm(4, precision=dtype),
@@ -72,7 +72,7 @@ def test_initial_values(dtype):
     assert {p.dtype for layer in (linear, norm, table) for p in layer.parameters()} == {np.dtype(dtype)}
 
 
-def test_initializers():
+def test_init_arguments():
     key = Key(5, site=2)
     np.testing.assert_array_equal(nn.normal_init(0.3, key)((2, 3)), random.normal(key, (2, 3), 0.3))
     layer = nn.Linear(2, 3, init=nn.normal_init(0.3, key))
@@ -81,7 +81,7 @@ def test_initializers():
 
 
 def test_a_network_learns():
-    """A small network fits a function: layers, gradients and optimizer work together."""
+    """A small network fits a function, so layers and gradients work together."""
     net = [nn.Linear(1, 16, precision="float64"), nn.Linear(16, 1, precision="float64")]
     x = Tensor(np.linspace(-2, 2, 32)[:, None])
     losses = []
@@ -96,7 +96,7 @@ def test_a_network_learns():
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_wrong_dtype_and_device():
+def test_unsupported_dtypes_and_devices_are_rejected():
     names = "float32, tf32, bfloat16, float64, bfloat16_weights"
     for name in ("int8", np.int8, "float16", "fp32"):
         with pytest.raises(ValueError, match=rf"^dtype '\w+' is not supported; choose one of {names}$"):
@@ -107,7 +107,7 @@ def test_wrong_dtype_and_device():
         nn.LayerNorm(1, device="tpu")
 
 
-def test_a_shared_parameter_counts_once_under_its_first_name():
+def test_a_shared_parameter_is_listed_once_under_its_first_name():
     class Tied(nn.Module):
         def __init__(self):
             self.encode = nn.Linear(3, 3)
@@ -136,7 +136,7 @@ def rounded(array):
 
 
 @pytest.mark.parametrize("in_arena", [False, True])
-def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(in_arena):
+def test_bfloat16_weights_round_only_the_matrices(in_arena):
     model, tokens = Small(), [[1, 6, 3]]
     if in_arena:
         model.arena()
@@ -167,7 +167,7 @@ def test_weights_in_bfloat16_round_the_matrices_and_nothing_else(in_arena):
         np.testing.assert_array_equal(p.data, q.data)
 
 
-def test_weights_in_bfloat16_cannot_be_trained():
+def test_bfloat16_weights_cannot_be_trained():
     model = Small().to(precision="bfloat16_weights")
     with pytest.raises(
         TypeError, match=r"^embedding: wte is stored in bfloat16 only and has no gradient; compute inside no_grad\(\)$"
@@ -177,7 +177,7 @@ def test_weights_in_bfloat16_cannot_be_trained():
         model.arena()
 
 
-def test_an_unsupported_precision_is_rejected_and_nothing_changes():
+def test_an_unsupported_precision_is_rejected_without_changes():
     with strict_cupy.registered():
         model = Small().to("cuda")
         for precision, message in (
@@ -187,18 +187,18 @@ def test_an_unsupported_precision_is_rejected_and_nothing_changes():
             ),
             ("bfloat16", "bfloat16 needs the CUDA kernels"),
         ):
-            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; pass another precision too, as in to"):
+            with pytest.raises(ValueError, match=f"^Embedding: {message}.*; also pass another precision, as in to"):
                 model.to(precision=precision)
         assert {p.dtype.name for p in model.parameters()} == {"float32"}
         assert model.table.precision is FLOAT32
         model.to(precision="tf32")
-        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; pass another precision too"):
+        with pytest.raises(ValueError, match=r"^Embedding: tf32 needs a GPU; also pass another precision"):
             model.to("cpu")
         assert {p.backend.device for p in model.parameters()} == {"cuda"}
         assert model.to("cpu", "bfloat16_weights").table.weight.dtype.name == "bfloat16"
 
 
-def test_a_change_of_precision_converts_values_and_drops_gradients():
+def test_changing_the_precision_converts_values_and_clears_gradients():
     model = Small()
     before = [p.data.copy() for p in model.parameters()]
     optimizer = optim.AdamW(model)
@@ -219,7 +219,7 @@ def test_a_change_of_precision_converts_values_and_drops_gradients():
 
 
 @pytest.mark.parametrize(("layers", "given"), [("float32", "float64"), ("float64", "float32")])
-def test_a_layer_and_an_input_of_different_precision_are_rejected_in_one_line(layers, given):
+def test_a_layer_rejects_an_input_of_different_precision(layers, given):
     x = Tensor(np.ones((2, 3), given))
     for layer, name in (
         (nn.Linear(3, 3, precision=layers), "linear"),
@@ -230,7 +230,7 @@ def test_a_layer_and_an_input_of_different_precision_are_rejected_in_one_line(la
         assert str(raised.value) == f"{name}: weight is {layers}; expected {given}, the dtype of the activations"
 
 
-# Modules of other networks --------------------------------------------------------------------------------------------
+# Other modules --------------------------------------------------------------------------------------------------------
 
 
 class Mixed(nn.Module):
@@ -248,7 +248,7 @@ def test_parameters_in_tuples_and_dicts_are_found():
     assert names == ["pair.0.weight", "pair.1.weight", "heads.a.weight", "heads.b.0.weight", "scale"]
 
 
-def test_repr_shows_the_tree_of_modules():
+def test_repr_shows_the_module_tree():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Dropout(0.5), nn.Sequential(nn.RMSNorm(3, eps=0.1)))
     assert repr(model).splitlines() == [
         "Sequential()",
@@ -272,7 +272,7 @@ def test_sequential_applies_its_layers_in_order():
     assert model[0] is linear
 
 
-def test_each_dropout_of_a_sequence_draws_from_its_own_site():
+def test_each_dropout_layer_of_a_sequence_uses_its_own_site():
     x, key = Tensor(np.ones((4, 50), dtype="float32")), Key(3, site=5)
     model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), nn.ReLU(), nn.Dropout(0.5))
     assert model.sites == 3
@@ -285,13 +285,13 @@ def test_each_dropout_of_a_sequence_draws_from_its_own_site():
         nn.Dropout(1)
 
 
-def test_rmsnorm_calls_its_operation():
+def test_rmsnorm_equals_its_operation():
     norm, x = nn.RMSNorm(3, eps=0.1, precision="float64"), Tensor(R.normal(size=(2, 3)))
     norm.weight.data = R.normal(size=3)
     np.testing.assert_array_equal(norm(x).data, functional.rmsnorm(x, norm.weight, 0.1).data)
 
 
-def test_saved_and_loaded_parameters_are_the_same_bits(tmp_path):
+def test_saved_and_loaded_parameters_are_bit_identical(tmp_path):
     model, other = Mixed(), Mixed()
     for parameter in model.parameters():
         parameter.data = R.normal(size=parameter.shape)
@@ -302,7 +302,7 @@ def test_saved_and_loaded_parameters_are_the_same_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_state_is_a_copy_and_is_copied_into_the_arena():
+def test_state_dict_copies_and_load_state_dict_writes_into_the_arena():
     model = nn.Linear(2, 3)
     state = model.state_dict()
     arena = model.arena()
@@ -319,7 +319,7 @@ def test_a_state_is_a_copy_and_is_copied_into_the_arena():
         (lambda s: s.update(bias=np.ones((3, 1))), r"bias has shape \(3, 1\); expected \(3,\)"),
     ],
 )
-def test_a_state_that_does_not_fit_is_rejected_in_one_line_and_changes_nothing(change, message):
+def test_an_incompatible_state_is_rejected_without_changes(change, message):
     model = nn.Linear(2, 3)
     before, state = model.state_dict(), model.state_dict()
     state["weight"] += 1

@@ -1,4 +1,4 @@
-"""Planted values that are not finite are found, and reported with their tensor, operation and layer."""
+"""Injected values that are not finite are found, and reported with their tensor, operation and layer."""
 
 import math
 
@@ -40,11 +40,11 @@ def checked(model, key=None):
         ("h.1.ln_2.weight", (4,), "add_layernorm", "h.1.ln_2"),
         ("h.1.mlp.c_fc.bias", (4,), "gelu", "h.1.mlp.c_fc"),
         ("wte.weight", (4, 2), "embedding", "wte and wpe"),  # a token in the batch
-        ("wte.weight", (29, 2), "lm_head", "wte"),  # a token that only the output layer reads
+        ("wte.weight", (29, 2), "lm_head", "wte"),  # a token that only the output layer uses
         ("wpe.weight", (11, 0), "embedding", "wte and wpe"),
     ],
 )
-def test_a_injected_weight_is_named(name, index, operation, layer, value, options):
+def test_an_injected_weight_is_reported(name, index, operation, layer, value, options):
     operation += "_in_chunks" if "head_rows" in options and operation == "lm_head" else ""
     origin = checked(injected(name, index, value, **options)).origin
     assert (origin.phase, origin.operation, origin.layer) == ("forward", operation, layer)
@@ -55,7 +55,7 @@ def test_a_injected_weight_is_named(name, index, operation, layer, value, option
 
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("recompute", ["none", "block"])
-def test_a_gradient_of_a_users_operation_is_named(value, recompute, monkeypatch):
+def test_a_gradient_of_a_user_defined_operation_is_reported(value, recompute, monkeypatch):
     spoil_steps(monkeypatch, 0, value=value)
     origin = checked(GPT2(CONFIG, recompute=recompute), Key(0)).origin
     assert (origin.phase, origin.operation, origin.layer) == ("backward", "spoil", "after h.2.mlp.c_proj")
@@ -64,8 +64,8 @@ def test_a_gradient_of_a_users_operation_is_named(value, recompute, monkeypatch)
     assert str(origin).startswith(f"{where}[0, 0, 7] is ")
 
 
-def test_the_gradient_of_a_parameter_is_named():
-    """Finite gradients that overflow when they are summed."""
+def test_the_gradient_of_a_parameter_is_reported():
+    """The gradients are finite, but their sum overflows."""
     layer = nn.Linear(2, 2)
     checker = Checker(layer)
     checker.run(lambda: spoil(layer(Tensor(np.full((1, 2), 1e10, "float32"))), 1e37, 0).sum().backward())
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_parameter_is_named():
     assert checker.origin is checker.large
 
 
-def test_without_a_injected_value_everything_is_finite():
+def test_without_an_injected_value_everything_is_finite():
     model, same = GPT2(CONFIG), GPT2(CONFIG)
     checker = Checker(model)
     assert checker.run(lambda: model.loss(TOKENS, TOKENS, Key(0)).backward())
@@ -92,7 +92,7 @@ def test_a_forward_pass_without_gradients_is_checked():
     assert checker.first.parameter == "h.1.attn.c_proj.weight"
 
 
-def test_the_result_of_an_operation_is_named():
+def test_the_result_of_an_operation_is_reported():
     checker = Checker(nn.Linear(1, 1))
     checker.run(lambda: ops.gelu(Tensor([1.0, -2.0])).log())
     assert str(checker.first) == "log at the start, forward pass: its result [1] is nan (1 of 2 values)"

@@ -23,12 +23,12 @@ POWERS = range(-20, 21, 4)  # powers of 10
 
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """Each test gets the same random numbers, regardless of earlier tests."""
+    """Each test uses the same random numbers, regardless of earlier tests."""
     R.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def on_cupy(table):
-    """A table for the stand-in whose functions accept NumPy arrays."""
+    """A kernel table for the stand-in, with functions that accept NumPy arrays."""
 
     def convert(value):
         return strict_cupy.ndarray(value) if isinstance(value, np.ndarray | np.generic) else value
@@ -64,7 +64,7 @@ def kernels(request):
             yield on_cupy(get_backend("cuda").kernels)
         elif request.param == "cuda":
             stack.enter_context(strict_cupy.registered())
-            table = on_device.made()
+            table = on_device.make_kernels()
             table._reference = get_backend("cuda").kernels
             yield on_cupy(Overrides(table))
         else:
@@ -72,7 +72,7 @@ def kernels(request):
 
 
 class Overrides:
-    """The CUDA kernels, and reference.py on the stand-in for everything else."""
+    """The CUDA kernels. Functions without a kernel use reference.py on the stand-in."""
 
     def __init__(self, table):
         self._table = table
@@ -82,7 +82,7 @@ class Overrides:
 
 
 def error(result, right):
-    """The distance, relative to the norm of the correct result."""
+    """The distance from the correct result, relative to its norm."""
     assert np.asarray(result).dtype == np.float32
     return np.linalg.norm(np.asarray(result, "d") - right) / (np.linalg.norm(right) or 1)
 
@@ -92,7 +92,7 @@ def wide(arguments):
 
 
 def check(kernels, name, *arguments, bound=1e-6):
-    """Call a kernel, and compare all of its results with reference.py in float64."""
+    """Call a kernel and compare all its results with reference.py in float64."""
     got, right = getattr(kernels, name)(*arguments), getattr(reference, name)(*wide(arguments))
     for g, r in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, right)), strict=True):
         assert error(g, r) < bound, name
@@ -130,7 +130,7 @@ def test_a_sum_of_20_million_ones():
     np.testing.assert_allclose(tied.grad, 1 / n)
 
 
-def test_gradients_that_are_sums_over_many_rows(kernels):
+def test_gradients_that_sum_over_many_rows(kernels):
     n = 150_000
     dy, x = (1 + R.random((n, 2))).astype("f4"), R.normal(size=(n, 2)).astype("f4")
     total = dy.sum(axis=0, dtype="d")
@@ -159,7 +159,7 @@ def test_gradients_that_are_sums_over_many_rows(kernels):
 
 @pytest.mark.parametrize("power", [*POWERS, 30, 37])
 def test_cross_entropy_with_a_common_offset(kernels, power):
-    """Equal and random logits, rounded to float32 after adding the offset; reference.py gets the same values."""
+    """Equal and random logits, rounded to float32 after adding the offset. The reference uses the same values."""
     targets = R.integers(0, 7, 5)
     for logits in (
         np.full((5, 7), 10.0**power),
@@ -195,7 +195,7 @@ def test_softmax_of_masked_rows(kernels):
 
 
 def attention_problem(offset, T=70):
-    """q, k, v with scores that are exact in float32: the offset plus multiples of 1/4, or of its last digit."""
+    """q, k and v with exact scores in float32: the offset plus multiples of 1/4, or of its unit in the last place."""
     qkv = np.zeros((2, T, 3, 1, 16))
     qkv[:, :, :2, 0, 0] = 2.0, 2 * offset
     step = max(0.25, 2.0 ** (math.frexp(offset)[1] - 24))
@@ -206,25 +206,27 @@ def attention_problem(offset, T=70):
 
 @pytest.mark.parametrize("power", range(0, 67, 6))
 @pytest.mark.parametrize("sign", [1, -1])
-def test_attention_at_large_scores(kernels, power, sign):
+def test_attention_with_large_scores(kernels, power, sign):
     qkv, dout = (x.astype("f4") for x in attention_problem(sign * 2.0**power))
     out, lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)
     right = reference.attention_backward(*wide([dout, qkv, out, lse]), 1, 0.0, None)
     got, lse = kernels.attention_forward(qkv, 1, 0.0, None)
     assert error(got, out) < 1e-6
     dqkv = kernels.attention_backward(dout, qkv, got, lse, 1, 0.0, None)
-    right[..., 0] = dqkv[..., 0] = 0  # part of dq: the offset times a sum that is 0
+    right[..., 0] = dqkv[..., 0] = 0  # this part of dq is the offset times a sum that is 0
     for ours, theirs in zip(np.split(dqkv, 3, -1), np.split(right, 3, -1), strict=True):
-        assert error(ours, theirs) < 5e-6  # (the error of lse, up to 64, in the CPU kernels)
+        assert error(ours, theirs) < 5e-6  # the CPU kernels have the error of lse, which is up to 64
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("power", [0, 8, 13, 15])
-def test_attention_in_bfloat16_at_large_scores(power):
-    """attention_backward.cu computes P from the rounded lse. For scores up to 2^15, its rounding error is smaller than
-    bfloat16's, 2^-9."""
+def test_attention_in_bfloat16_with_large_scores(power):
+    """attention_backward.cu computes P from the rounded lse.
+
+    For scores up to 2^15, the rounding error of lse is smaller than that of bfloat16, 2^-9.
+    """
     qkv, dout = (x.astype(bfloat16) for x in attention_problem(2.0**power))
-    table = on_device.made()
+    table = on_device.make_kernels()
     out, lse = table.attention_forward(strict_cupy.ndarray(qkv), 1, 0.0, None)
     dqkv = table.attention_backward(strict_cupy.ndarray(dout), strict_cupy.ndarray(qkv), out, lse, 1, 0.0, None)
     right_out, right_lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)
@@ -238,7 +240,7 @@ def test_attention_in_bfloat16_at_large_scores(power):
 
 
 @pytest.mark.parametrize("form", ["gelu", "gelu_exact"])
-def test_gelu_and_its_slope_over_all_magnitudes(kernels, form):
+def test_gelu_and_its_gradient_over_all_magnitudes(kernels, form):
     size = 10.0 ** np.arange(-36, 38.5, 0.5)
     x = np.concatenate((size, -size, [0, 3.4e38, -3.4e38])).astype("f4")[None]
     ones, none = np.ones_like(x), None
@@ -259,14 +261,14 @@ def test_layernorm_over_all_magnitudes(kernels, power, eps):
     x, dy = (R.normal(size=(3, 40)).astype("f4") for _ in range(2))
     x *= np.float32(10.0**power)
     weight, bias = R.normal(size=40).astype("f4"), np.zeros(40, "f4")
-    x += np.float32(10.0**power)  # the mean is not a small difference
+    x += np.float32(10.0**power)  # so that the mean is not close to 0
     _, mean, rstd = check(kernels, "layernorm_forward", x, weight, bias, eps)
     check(kernels, "layernorm_backward", dy, x, weight, mean, rstd, None, None, bound=4e-6)
     check(kernels, "add_layernorm_forward", x, x, weight, bias, eps)
 
 
-def test_the_inverse_of_the_root_mean_square():
-    """It is accurate even without eps, down to the smallest normal numbers."""
+def test_inverse_rms_over_all_magnitudes():
+    """The result is accurate even without eps, down to the smallest normal numbers."""
     for power in (-36, -20, 0, 20, 36):
         x = (R.normal(size=(3, 40)) * 10.0**power).astype("f4")
         assert error(reference.inverse_rms(x, 0.0), reference.inverse_rms(x.astype("d"), 0.0)) < 1e-6
@@ -281,7 +283,7 @@ def test_the_inverse_of_the_root_mean_square():
 def test_norms_over_all_magnitudes(kernels, power):
     x = (R.normal(size=70_001) * 10.0**power).astype("f4")
     assert error(kernels.norm(kernels.squared_norm(x)), np.linalg.norm(x.astype("d"))) < 1e-6
-    total = kernels.squared_norm(x) + kernels.squared_norm(np.float32([3e19, 4e19]))  # of two arrays
+    total = kernels.squared_norm(x) + kernels.squared_norm(np.float32([3e19, 4e19]))  # the total of two arrays
     assert error(kernels.norm(total), math.hypot(np.linalg.norm(x.astype("d")), 5e19)) < 1e-6
     assert kernels.norm(kernels.squared_norm(np.zeros(3, "f4"))) == 0
     for bad in (np.nan, np.inf):
@@ -317,7 +319,7 @@ def test_a_skipped_step_changes_nothing(device, bad):
         optimizers = [optim.AdamW(model, lr=0.1) for model in models]
         for step in range(4):
             for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                for sent in [bad, 0.5 + step] if i else [0.5 + step]:  # the second run also gets bad gradients
+                for sent in [bad, 0.5 + step] if i else [0.5 + step]:  # the second model also gets bad gradients
                     model.a.grad, model.b.grad = np.full((1, 1), sent, "f4"), np.full(1, 1.0, "f4")
                     with np.errstate(invalid="ignore"):
                         optimizer.step(1.0)
@@ -332,7 +334,7 @@ def test_a_skipped_step_changes_nothing(device, bad):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("power", POWERS)
-def test_errors_compared_with_pytorchs(power):
+def test_errors_are_comparable_to_pytorchs(power):
     """Each error is at most four times PyTorch's, or a few units in the last place."""
     import torch
     from torch.nn import functional as F  # noqa: N812
@@ -371,7 +373,7 @@ def test_errors_compared_with_pytorchs(power):
         right = theirs(other, values.astype("d"))
         for got, peer, correct in zip(ours(function, values), theirs(other, values), right, strict=True):
             if not np.isfinite(correct).all():
-                continue  # float64 overflows in PyTorch's form of the slope of GELU
+                continue  # PyTorch's gradient of GELU overflows in float64
             unit = np.linalg.norm(correct) or 1e-30
             distance, allowed = (np.linalg.norm(np.asarray(z, "d") - correct) / unit for z in (got, peer))
             allowed = 4 * allowed if np.isfinite(allowed) else 0

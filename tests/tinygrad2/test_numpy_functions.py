@@ -1,4 +1,4 @@
-"""np.f(tensor): NumPy's values, gradients against finite differences, NumPy's arguments by position and by name."""
+"""NumPy functions on Tensors: values as in NumPy, gradients compared with finite differences, and arguments."""
 
 import inspect
 import itertools
@@ -80,7 +80,7 @@ OF_TWO = {  # called with operands of these shapes
 
 
 def check(function, arrays, wanted):
-    """Compare values, and the derivative along a random direction of the operands that are Tensors."""
+    """Compare values, and the derivative in a random direction with respect to the operands that are Tensors."""
     operands = [Tensor(a, requires_grad=True) if w else a for a, w in zip(arrays, wanted, strict=True)]
     results, expected = function(*operands), function(*arrays)
     results, expected = (list(y) if isinstance(y, list | tuple) else [y] for y in (results, expected))
@@ -107,12 +107,12 @@ def check(function, arrays, wanted):
 
 
 @pytest.mark.parametrize("name", OF_ONE)
-def test_a_function_of_one_tensor(name):
+def test_a_function_with_one_operand(name):
     check(OF_ONE[name], [R.uniform(0.1, 0.9, (2, 3))], [True])
 
 
 @pytest.mark.parametrize("name", OF_TWO)
-def test_a_function_of_two_operands_each_a_tensor_or_an_array(name):
+def test_a_function_with_two_operands_that_are_tensors_or_arrays(name):
     function, shapes = OF_TWO[name]
     for pair in itertools.product(shapes, shapes):
         try:
@@ -131,7 +131,7 @@ def test_every_function_is_in_a_table():
     assert own <= {f.__name__ for f in protocols._functions().values()}
 
 
-def test_unsupported_arguments_are_errors():
+def test_unsupported_arguments_are_rejected():
     x = Tensor(np.ones((2, 2)))
     for call, message in (
         (lambda: np.linalg.norm(x, "nuc"), "norm: ord is 'nuc'"),
@@ -142,5 +142,5 @@ def test_unsupported_arguments_are_errors():
             call()
     with pytest.raises(TypeError, match=r"np\.unwrap does not support Tensors"):
         np.unwrap(x)
-    with pytest.raises(TypeError, match="sum: there is no argument where; expected axis, keepdims"):
+    with pytest.raises(TypeError, match="sum: unknown argument where; expected axis, keepdims"):
         np.sum(x, where=x.numpy() > 0)

@@ -50,7 +50,7 @@ def read_only(array):
 
 @every_case
 @pytest.mark.parametrize("layout", [np.asfortranarray, strided, read_only])
-def test_any_memory_layout(case, layout):
+def test_results_do_not_depend_on_the_memory_layout(case, layout):
     arrays = values(case)
     placed = [layout(array) for array in arrays]
     for got, expected in zip(run(case, placed), run(case, arrays), strict=True):
@@ -61,8 +61,8 @@ def test_any_memory_layout(case, layout):
 
 
 @every_case
-def test_float32_stays_float32(case, monkeypatch):
-    """Results, gradients, all saved arrays and all intermediate gradients."""
+def test_float32_inputs_give_only_float32_arrays(case, monkeypatch):
+    """This includes results, gradients, all saved arrays and all intermediate gradients."""
     seen = []
     node = autograd.Node
 
@@ -91,15 +91,15 @@ def test_nan_propagates(case):
     arrays = values(case)
     for array in arrays:
         array.reshape(-1)[-1] = np.nan
-    blind = {"getitem, pairs", "getitem, repeated integers", "getitem, slices", "embedding", "embedding, positions"}
-    blind |= {"nan_to_num", "tril", "tril, diagonal", "diagonal", "trace", "gather", "nll_loss"}
+    ignoring = {"getitem, pairs", "getitem, repeated integers", "getitem, slices", "embedding", "embedding, positions"}
+    ignoring |= {"nan_to_num", "tril", "tril, diagonal", "diagonal", "trace", "gather", "nll_loss"}
     with np.errstate(all="ignore"):
         results, _ = run(case, arrays)
-    assert case.name in blind or any(np.isnan(result).any() for result in results)
+    assert case.name in ignoring or any(np.isnan(result).any() for result in results)
 
 
 @pytest.mark.parametrize("dropped", [0, 1])
-def test_add_layernorm_with_one_result_unused_equals_its_parts(dropped):
+def test_add_layernorm_with_an_unused_result_equals_separate_operations(dropped):
     arrays = [R.normal(size=shape) for shape in ((2, 3, 5), (2, 3, 5), (5,), (5,))]
     fused, apart = ([Tensor(a, requires_grad=True) for a in arrays] for _ in range(2))
     dy = R.normal(size=(2, 3, 5))
@@ -120,7 +120,7 @@ def test_gelu_with_a_bias_equals_gelu_of_the_sum(exact):
     np.testing.assert_array_equal(y.data, ops.gelu(x + bias, exact=exact).data)
 
 
-def test_a_constant_weight_gets_no_gradient():
+def test_a_constant_weight_has_no_gradient():
     x, weight, bias = (Tensor(R.normal(size=shape)) for shape in ((2, 3), (3, 4), (4,)))
     for wanted in (x, weight, bias):
         leaf = Tensor(wanted.data, requires_grad=True)
@@ -130,8 +130,8 @@ def test_a_constant_weight_gets_no_gradient():
         assert all(t.grad is None for t in arguments if t is not leaf)
 
 
-def test_a_weight_may_be_computed():
-    """into() also works for a weight that is not a leaf: its gradient is passed on to its inputs."""
+def test_a_weight_may_be_the_result_of_an_operation():
+    """into() also supports a weight that is not a leaf. Its gradient is propagated to its inputs."""
     x, weight = Tensor(R.normal(size=(2, 3))), Tensor(R.normal(size=(3, 4)), requires_grad=True)
     shared = weight * 2
     (ops.linear(x, shared).sum() + ops.linear(x, shared).sum() + shared.sum()).backward()
@@ -147,7 +147,7 @@ def test_a_tied_embedding_sums_both_gradients():
     np.testing.assert_allclose(wte.grad, head.grad + table.grad, rtol=1e-13)
 
 
-def test_dropout_without_a_key_or_a_rate_is_the_identity():
+def test_dropout_without_a_key_or_with_rate_zero_is_the_identity():
     x = Tensor(R.normal(size=(2, 3)), requires_grad=True)
     assert ops.dropout(x, 0.5, None) is x
     assert ops.dropout(x, 0.0, Key(0)) is x
@@ -177,7 +177,7 @@ def saved_bytes(y):
     return sum(a.nbytes for a in y._edge[0].saved if isinstance(a, np.ndarray))
 
 
-def test_attention_saves_as_T_not_T_squared():
+def test_attention_saves_memory_linear_in_T():
     sizes = []
     for T in (64, 128, 256, 512):
         y = ops.attention(Tensor(np.ones((1, T, 12), dtype=np.float32), requires_grad=True), 2, 0.1, Key(0))
@@ -198,12 +198,12 @@ def test_attention_uses_memory_linear_in_T(monkeypatch):
     assert peaks[1] < 2.5 * peaks[0]
 
 
-def test_dropout_saves_no_mask():
+def test_dropout_does_not_save_a_mask():
     y = ops.dropout(Tensor(np.ones((4, 100)), requires_grad=True), 0.5, Key(0))
     assert saved_bytes(y) == 0
 
 
-def test_tokens_may_be_lists_arrays_of_any_integer_type_and_tensors():
+def test_tokens_may_be_lists_integer_arrays_or_tensors():
     wte = Tensor(R.normal(size=(4, 3)))
     expected = wte.data[[[0, 3, 1]]]
     for tokens in ([[0, 3, 1]], ((0, 3, 1),), np.array([[0, 3, 1]], dtype=np.uint16), Tensor(np.array([[0, 3, 1]]))):
@@ -326,7 +326,7 @@ def ones(*shape):
         ),
     ],
 )
-def test_a_wrong_argument_is_one_clear_line(call, error, message):
+def test_an_invalid_argument_raises_a_one_line_error(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value).startswith(message)
@@ -348,7 +348,7 @@ def test_a_wrong_argument_is_one_clear_line(call, error, message):
         (lambda x, w: ops.layernorm(Tensor(1.0), Tensor(1.0), Tensor(1.0)), r"layernorm: x has shape \(\); expected"),
     ],
 )
-def test_arguments_that_would_be_promoted_or_misread_are_rejected(call, message):
+def test_arguments_that_would_be_promoted_or_misinterpreted_are_rejected(call, message):
     x, w = Tensor(np.ones((2, 3), dtype=np.float32)), Tensor(np.ones((3, 3), dtype=np.float32))
     with pytest.raises((TypeError, ValueError), match=message):
         call(x, w)
@@ -362,7 +362,7 @@ def test_numpy_scalars_as_arguments_do_not_promote():
 
 
 @pytest.mark.parametrize("head_rows", [1, 4, 7, 14, 100])
-def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
+def test_lm_head_in_chunks_of_rows_equals_lm_head(head_rows):
     rng = np.random.default_rng(0)
     values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
     outcomes = []
@@ -377,8 +377,8 @@ def test_the_head_in_chunks_of_rows_is_the_head(head_rows):
 
 @pytest.mark.parametrize("head_rows", [None, 4, 100])
 @pytest.mark.parametrize("place", ["leaf", "computed", "constant"])
-def test_the_head_and_its_backward_pass_at_once(place, head_rows):
-    """The weight is a leaf, whose gradient is added to, or computed from one, or has no gradient."""
+def test_lm_head_gradients_equals_lm_head_and_its_backward_pass(place, head_rows):
+    """The weight is a leaf, is computed from a leaf, or is a constant."""
     rng = np.random.default_rng(0)
     values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
     outcomes = []
@@ -396,7 +396,7 @@ def test_the_head_and_its_backward_pass_at_once(place, head_rows):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_the_head_at_once_of_nothing_and_without_gradients():
+def test_lm_head_gradients_of_empty_inputs_and_of_constants():
     x, weight = Tensor(np.ones((2, 3)), requires_grad=True), Tensor(np.ones((5, 3)), requires_grad=True)
     assert np.isnan(ops.lm_head_gradients(x[:0], weight, []))
     np.testing.assert_array_equal(weight.grad, 0)
@@ -407,7 +407,7 @@ def test_the_head_at_once_of_nothing_and_without_gradients():
 
 
 @pytest.mark.parametrize("head_rows", [None, 3])
-def test_the_head_without_gradients_computes_only_the_loss(head_rows, monkeypatch):
+def test_lm_head_without_gradients_computes_only_the_loss(head_rows, monkeypatch):
     calls, kernels = [], backend_of(np.ones(1)).kernels
     monkeypatch.setattr(kernels, "lm_head_backward", lambda *arguments: calls.append(arguments))
     x, weight = Tensor(np.ones((2, 4, 3)), requires_grad=True), Tensor(np.ones((5, 3)), requires_grad=True)
@@ -418,7 +418,7 @@ def test_the_head_without_gradients_computes_only_the_loss(head_rows, monkeypatc
     assert not calls
 
 
-def test_the_head_needs_at_least_one_row():
+def test_lm_head_rejects_chunks_of_zero_rows():
     with pytest.raises(ValueError, match="head_rows is 0; expected 1 or more"):
         ops.lm_head(Tensor(np.ones((2, 3))), Tensor(np.ones((5, 3))), [0, 1], 0)
 
@@ -431,9 +431,9 @@ def wide(x):
     return Tensor(x.data.astype(np.float32))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # few rows, for which weights are read in bfloat16, and many
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 150])  # 32 or fewer rows use gemv
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_weights_in_bfloat16_equal_rounded_weights(rows, dtype):
+def test_operations_with_bfloat16_weights_equal_those_with_rounded_weights(rows, dtype):
     x, w, b = Tensor(R.normal(size=(rows, 24)).astype(dtype)), half(24, 40), Tensor(R.normal(size=40).astype(dtype))
     table, places, tokens = half(40, 24), half(rows + 3, 24), R.integers(0, 40, (2, rows))
     with no_grad():
@@ -460,7 +460,7 @@ def test_weights_in_bfloat16_equal_rounded_weights(rows, dtype):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_weights_in_bfloat16_have_no_gradients(requires_grad):
+def test_bfloat16_weights_have_no_gradients(requires_grad):
     x = Tensor(np.ones((2, 4), np.float32), requires_grad)
     for what, call in (
         ("linear: weight", lambda: ops.linear(x, half(4, 3))),
@@ -473,7 +473,7 @@ def test_weights_in_bfloat16_have_no_gradients(requires_grad):
         assert str(error.value) == f"{what} is stored in bfloat16 only and has no gradient; compute inside no_grad()"
 
 
-def test_only_matrices_may_be_in_bfloat16_only():
+def test_only_matrices_may_be_stored_in_bfloat16_only():
     x, w, b = wide(half(2, 4)), wide(half(4, 3)), wide(half(3))
     with no_grad():
         for call, message in (

@@ -19,7 +19,7 @@ def arena_of(**arrays):
     return ParameterArena((name, Parameter(np.array(values, dtype="float32"))) for name, values in arrays.items())
 
 
-def test_the_regions_contain_every_parameter_once():
+def test_the_regions_contain_each_parameter_once():
     model = GPT2(CONFIG)
     before = {name: p.data.copy() for name, p in model.named_parameters()}
     arena = model.arena()
@@ -49,12 +49,12 @@ def test_parameters_are_views_of_the_flat_buffers():
 
 
 @pytest.mark.parametrize("key", [None, Key(0)])
-def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
+def test_parameters_are_stored_in_the_order_of_their_final_gradients(key):
     model = GPT2(CONFIG)
     arena, fired = model.arena(), []
     for name, p in model.named_parameters():
         p.leaf.on_final = lambda name=name: fired.append(name)
-    for _ in range(2):  # the same every time
+    for _ in range(2):  # the order is the same every time
         fired.clear()
         model.loss(TOKENS, TOKENS, key).backward()
         assert len(fired) == len(arena.parameters)
@@ -63,7 +63,7 @@ def test_the_regions_are_in_the_order_in_which_backward_finishes(key):
     assert fired[-1] == list(arena.regions[0].where)[-1] == "wte.weight"
 
 
-def test_a_hook_gets_the_final_gradient():
+def test_a_hook_sees_the_final_gradient():
     model, seen = GPT2(CONFIG), {}
     model.arena()
     for name, p in model.named_parameters():
@@ -75,7 +75,7 @@ def test_a_hook_gets_the_final_gradient():
 
 
 @pytest.mark.parametrize("size", [1, 150, 500, 10**6])
-def test_buckets_are_runs_of_whole_parameters(monkeypatch, size):
+def test_buckets_are_runs_of_complete_parameters(monkeypatch, size):
     monkeypatch.setattr(params, "BUCKET_SIZE", size)
     arena = GPT2(CONFIG).arena()
     for region in arena.regions:
@@ -92,7 +92,7 @@ def test_buckets_are_runs_of_whole_parameters(monkeypatch, size):
     assert last == sorted(last)
 
 
-def test_placing_moves_values_and_gradients():
+def test_creating_an_arena_moves_values_and_gradients():
     p, q = Parameter(np.ones((2, 2))), Parameter(np.full(3, 2.0))
     p.grad = np.full((2, 2), 5.0)
     arena = ParameterArena([("p", p), ("q", q)])
@@ -101,7 +101,7 @@ def test_placing_moves_values_and_gradients():
     np.testing.assert_array_equal(arena.regions[1].grads, np.zeros(3))
 
 
-def test_gradients_before_and_after_placing_are_the_same():
+def test_gradients_are_the_same_with_and_without_an_arena():
     apart, placed = GPT2(CONFIG, dtype="float64"), GPT2(CONFIG, dtype="float64")
     placed.arena()
     for model in (apart, placed):
@@ -110,18 +110,18 @@ def test_gradients_before_and_after_placing_are_the_same():
         np.testing.assert_array_equal(a.grad, b.grad, err_msg=name)
 
 
-def test_assigning_data_keeps_the_arena():
+def test_assigning_data_writes_into_the_arena():
     arena = arena_of(w=[[1, 2]], b=[3])
     w = arena.parameters["w"]
     w.data = np.array([[7.0, 8.0]])
     np.testing.assert_array_equal(arena.regions[0].values, [7, 8])
     assert np.shares_memory(w.data, arena.regions[0].values)
     assert w.dtype == "float32"
-    with pytest.raises(ValueError, match=r"^parameter: data has shape \(2,\); expected \(1, 2\), the parameter's$"):
+    with pytest.raises(ValueError, match=r"^parameter: data has shape \(2,\); expected \(1, 2\), the parameter's"):
         w.data = np.zeros(2)
 
 
-def test_assigning_grad_keeps_the_arena():
+def test_assigning_grad_writes_into_the_arena():
     arena = arena_of(w=[[1, 2]], b=[3])
     w, grads = arena.parameters["w"], arena.regions[0].grads
     w.grad = np.array([[7.0, 8.0]])
@@ -133,7 +133,7 @@ def test_assigning_grad_keeps_the_arena():
     assert np.shares_memory(w.grad, grads)
 
 
-def test_a_parameter_outside_an_arena_clears_its_gradient():
+def test_the_gradient_of_a_parameter_outside_an_arena_can_be_cleared():
     p = Parameter(np.ones(2))
     assert p.grad is None
     (p * 2).sum().backward()
@@ -144,7 +144,7 @@ def test_a_parameter_outside_an_arena_clears_its_gradient():
         p.grad = np.ones(3)
 
 
-def test_zero_grad():
+def test_zero_grad_clears_the_arena():
     model = GPT2(CONFIG)
     arena = model.arena()
     for clear in (arena.zero_grad, model.zero_grad):
@@ -170,7 +170,7 @@ def test_a_parameter_is_a_tensor():
     assert ops.linear(Tensor(np.ones((4, 2))), p).shape == (4, 3)
 
 
-def test_wrong_parameters():
+def test_invalid_parameters_are_rejected():
     with pytest.raises(ValueError, match=r"^ParameterArena: there are no parameters$"):
         nn.Module().arena()
     mixed = [("a", Parameter(np.ones(2))), ("b", Parameter(np.ones(2, dtype="float32")))]
@@ -178,7 +178,7 @@ def test_wrong_parameters():
         ParameterArena(mixed)
 
 
-def test_bfloat16_leaves_the_arena_and_halves_the_memory():
+def test_conversion_to_bfloat16_leaves_the_arena_and_halves_the_memory():
     arena = arena_of(w=[[1, 2 + 2**-9]], b=[3])
     w = arena.parameters["w"]
     (w * 3).sum().backward()
@@ -191,13 +191,13 @@ def test_bfloat16_leaves_the_arena_and_halves_the_memory():
 
 
 def rounded(p):
-    """Whether bfloat16 layers read this parameter rounded to bfloat16."""
+    """Whether the bfloat16 copy of a parameter equals its rounded data."""
     copy = copy_of(p)
     assert copy.dtype == bfloat16
     return np.array_equal(copy, p.backend.to_host(p.data).astype(bfloat16))
 
 
-def test_layers_read_the_data_or_the_copy():
+def test_read_as_returns_the_data_or_the_copy():
     x, p = Tensor(np.ones(2)), Parameter(np.full(2, 1.003, np.float32))
     assert x.read_as("float64", "x") is x.data
     assert p.read_as("float32", "p") is p.data
@@ -213,7 +213,7 @@ def test_layers_read_the_data_or_the_copy():
 
 
 @pytest.mark.parametrize("copy", [None, "bfloat16"])
-def test_methods_and_operators_act_on_the_data_whatever_is_copied(copy):
+def test_methods_and_operators_use_the_data_not_the_copy(copy):
     p = Parameter(np.array([[1.003, 2.003, 3], [4, 5, 6.003]], np.float32), copy)
     for got, expected in (
         (p.transpose(), p.data.T),
@@ -229,7 +229,7 @@ def test_methods_and_operators_act_on_the_data_whatever_is_copied(copy):
     np.testing.assert_array_equal(p.grad, np.full((2, 3), 2, np.float32))
 
 
-def test_the_copy_follows_the_data_into_the_arena_and_within_it():
+def test_copies_are_updated_when_the_data_change():
     p, q = (Parameter(np.full(shape, 0.3, np.float32), "bfloat16") for shape in ((2, 2), 3))
     p.data = np.full((2, 2), 0.1, np.float32)
     assert rounded(p)
@@ -248,14 +248,14 @@ def test_the_copy_follows_the_data_into_the_arena_and_within_it():
     assert rounded(q)
 
 
-def test_without_copies_the_regions_have_none():
+def test_regions_without_copies():
     arena = arena_of(w=[[1, 2]], b=[3])
     assert [region.copies for region in arena.regions] == [None, None]
     arena.refresh_copies()
     assert arena.parameters["w"].copy_dtype is None
 
 
-def test_copies_of_some_parameters_only_are_rejected():
+def test_copies_of_only_some_parameters_are_rejected():
     a, b = Parameter(np.ones(2), "bfloat16"), Parameter(np.ones(2))
     with pytest.raises(
         TypeError, match=r"^ParameterArena: the copy of a has dtype bfloat16, other copies None; use one"
@@ -263,7 +263,7 @@ def test_copies_of_some_parameters_only_are_rejected():
         ParameterArena([("a", a), ("b", b)])
 
 
-def test_the_copy_follows_to_another_device():
+def test_the_copy_moves_to_another_device():
     p = Parameter(np.full(2, 0.3, np.float32), "bfloat16")
     with strict_cupy.registered():
         p.convert(get_backend("cuda"), p.dtype, p.copy_dtype)
@@ -277,7 +277,7 @@ def test_the_copy_follows_to_another_device():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_model_with_copies(device):
+def test_the_copies_of_a_model_equal_its_rounded_parameters(device):
     with strict_cupy.registered():
         model = with_copies(GPT2(CONFIG)).to(device)
         assert all(rounded(p) for p in model.parameters())
@@ -285,7 +285,7 @@ def test_a_model_with_copies(device):
         assert all(rounded(p) for p in model.parameters())
 
 
-class TestOptimizersTakeModulesOrParameters:
+class TestOptimizersAcceptModulesOrParameters:
     @staticmethod
     def trained(given, steps=3):
         model = nn.Linear(3, 2, init=nn.normal_init(0.5, Key(1)))
@@ -299,12 +299,12 @@ class TestOptimizersTakeModulesOrParameters:
     @pytest.mark.parametrize(
         "given", [nn.Module.parameters, lambda m: list(m.parameters()), lambda m: (m.bias, m.weight)]
     )
-    def test_the_same_steps(self, given):
+    def test_modules_and_parameters_give_the_same_steps(self, given):
         expected, model = self.trained(lambda m: m), self.trained(given)
         np.testing.assert_array_equal(model.weight.numpy(), expected.weight.numpy())
         np.testing.assert_array_equal(model.bias.numpy(), expected.bias.numpy())
 
-    def test_some_parameters(self):
+    def test_only_some_parameters(self):
         model = nn.Linear(3, 2)
         before = model.bias.numpy().copy()
         optimizer = optim.SGD([model.weight], lr=0.1)
@@ -312,12 +312,12 @@ class TestOptimizersTakeModulesOrParameters:
         optimizer.step()
         np.testing.assert_array_equal(model.bias.numpy(), before)
 
-    def test_a_second_optimizer_of_the_same_parameters_shares_the_arena(self):
+    def test_a_second_optimizer_with_the_same_parameters_shares_the_arena(self):
         model = nn.Linear(3, 2)
         first, second = optim.AdamW(model.parameters()), optim.SGD(model)
         assert first.arena is second.arena is model.arena()
 
-    def test_an_optimizer_of_some_of_another_ones_parameters_is_rejected(self):
+    def test_an_optimizer_with_part_of_another_ones_parameters_is_rejected(self):
         model = nn.Linear(3, 2)
         optimizer = optim.AdamW(model)
         with pytest.raises(ValueError, match=r"^ParameterArena: 0 is in the arena of another module or optimizer"):
@@ -337,7 +337,7 @@ class TestOptimizersTakeModulesOrParameters:
             (lambda m: m.named_parameters(), "item 0 of the parameters has type tuple"),
         ],
     )
-    def test_anything_else_is_an_error_of_one_line(self, given, message):
+    def test_other_arguments_are_rejected(self, given, message):
         with pytest.raises(TypeError, match=message):
             optim.AdamW(given(nn.Linear(3, 2)))
 
@@ -354,7 +354,7 @@ class TestOptimizersTakeModulesOrParameters:
 
 
 @pytest.mark.parametrize("value", [np.ones((3, 2)), Tensor(np.ones((3, 2))), 1.0])
-def test_an_array_does_not_replace_a_parameter(value):
+def test_an_array_cannot_replace_a_parameter(value):
     model = nn.Linear(3, 2)
     with pytest.raises(
         TypeError, match=r"^Linear.weight is a parameter, and .* is not; copy the values into it: module.we"
@@ -362,7 +362,7 @@ def test_an_array_does_not_replace_a_parameter(value):
         model.weight = value
     model.weight.data = np.ones((3, 2))
     other = nn.Linear(3, 2)
-    other.weight = model.weight  # tied, before there is an optimizer
+    other.weight = model.weight  # tied before an optimizer exists
     optimizer = optim.AdamW(other)
     with pytest.raises(
         TypeError, match=r"^Linear.weight belongs to an optimizer, which would not see the new parameter"

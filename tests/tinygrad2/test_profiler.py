@@ -10,7 +10,7 @@ def step(x):
     ops.gelu(Tensor(x, requires_grad=True)).sum().backward()
 
 
-def test_a_step_is_divided_into_its_operations(monkeypatch):
+def test_the_time_of_a_step_is_attributed_to_its_operations(monkeypatch):
     backend = get_backend("cpu")
     before = dict(vars(backend.kernels))
     clock = iter(range(1000))
@@ -19,9 +19,9 @@ def test_a_step_is_divided_into_its_operations(monkeypatch):
     for _ in range(2):
         with profiler:
             step(np.ones((2, 3)))
-    assert vars(backend.kernels) == before, "the kernels are restored"
+    assert vars(backend.kernels) == before, "the kernels were not restored"
     rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
-    # With this clock, every kernel takes 1 ms, and so does every gap between two: 4 kernels and 5 gaps.
+    # With this clock, each of the 4 kernels takes 1 ms, and so does each of the 5 gaps before, between and after them.
     assert rows["gelu"] == ["2", "1.00", "1.00", "22.2%"]
     assert rows["sum"] == ["2", "1.00", "1.00", "22.2%"]
     assert rows["outside kernels"] == ["5.00", "55.6%"]

@@ -1,4 +1,4 @@
-"""Random programs compared with NumPy and PyTorch; see programs.py. tests/benchmarks/programs.py runs 10,000."""
+"""Random programs (see programs.py), compared with NumPy and PyTorch. tests/benchmarks/programs.py runs 10,000."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def quiet():
 
 
 def check_programs(count, torch):
-    """Programs drawn by hypothesis. A program that differs is shrunk to a small one, which the message shows."""
+    """Check programs drawn by hypothesis. A failing program is shrunk, and the error message shows it."""
 
     @hypothesis.settings(max_examples=count, suppress_health_check=list(hypothesis.HealthCheck), **SETTINGS)
     @hypothesis.given(hypothesis.strategies.data())
@@ -31,14 +31,14 @@ def check_programs(count, torch):
     check()
 
 
-def test_values_equal_numpys():
+def test_values_of_random_programs_equal_numpys():
     check_programs(40, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_values_and_gradients_equal_pytorchs_in_random_programs():
+def test_values_and_gradients_of_random_programs_equal_pytorchs():
     import torch
 
     check_programs(400, torch)
@@ -47,7 +47,7 @@ def test_values_and_gradients_equal_pytorchs_in_random_programs():
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_operation_is_drawn_and_agrees(operation):
+def test_every_operation_agrees_with_pytorch(operation):
     import torch
 
     seen = 0
@@ -69,7 +69,7 @@ def test_every_operation_is_drawn_and_agrees(operation):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_a_wrong_gradient_is_found(monkeypatch):
+def test_a_wrong_gradient_is_detected(monkeypatch):
     import torch
 
     found = []
@@ -82,7 +82,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert all(reason.startswith("gradient of x") for reason in found)
 
 
-def test_a_wrong_value_is_found(monkeypatch):
+def test_a_wrong_value_is_detected(monkeypatch):
     monkeypatch.setattr(Tensor, "cumsum", lambda x, axis: x * 1.0)
     program = Program([np.ones(3)], [Step(next(o for o in OPERATIONS if o.name == "cumsum"), (0,), (0,), False)])
     assert failure(program, None) == "cumsum, compared with NumPy: [1.0, 1.0, 1.0]; expected [1.0, 2.0, 3.0]"

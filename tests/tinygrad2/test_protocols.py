@@ -1,4 +1,4 @@
-"""Tensors in Python's built-in functions and NumPy's functions: correct or rejected, never an array of objects."""
+"""Tensors in built-in and NumPy functions give correct results or are rejected. They never form object arrays."""
 
 import copy
 import operator
@@ -24,7 +24,7 @@ def leaf(values, dtype="float32"):
 @pytest.mark.parametrize(
     "other", [2, 2.0, B, B.astype("float64"), [3, 2, 1], Tensor(B), Tensor(np.array([3, 2, 1])), True]
 )
-def test_comparisons_are_elementwise_booleans_without_gradient(function, other):
+def test_comparisons_give_elementwise_booleans_without_gradient(function, other):
     right = other.data if isinstance(other, Tensor) else np.asarray(other)
     for got, expected in (
         (function(leaf(A), other), function(A, right)),
@@ -44,14 +44,14 @@ def test_comparisons_with_other_objects_follow_python():
         a < "text"  # noqa: B015
 
 
-def test_a_tensor_is_a_key_by_identity():
+def test_tensors_are_hashed_by_identity():
     a, b = Tensor(A), Tensor(A)
     assert {a: 1, b: 2}[a] == 1
     assert a in [a]
     assert hash(a) != hash(b)
 
 
-def test_masks():
+def test_masks_and_logical_operators():
     a = leaf(A)
     (a * (a == 1.0)).sum().backward()
     np.testing.assert_array_equal(a.grad, [1, 0, 0])
@@ -66,7 +66,7 @@ def test_masks():
             wrong()
 
 
-def test_floor_and_remainder_have_no_gradient():
+def test_floor_division_and_remainder_have_no_gradient():
     x = Tensor(np.array([5, 7]))
     np.testing.assert_array_equal((x // 2).numpy(), [2, 3])
     np.testing.assert_array_equal((x % 2).numpy(), [1, 1])
@@ -77,7 +77,7 @@ def test_floor_and_remainder_have_no_gradient():
 
 
 @pytest.mark.parametrize("data", [0.0, 2.5, [2.5], [[0.0]]])
-def test_one_element_is_a_number(data):
+def test_a_tensor_with_one_element_converts_to_a_number(data):
     t, value = Tensor(data), np.asarray(data).item()
     assert (bool(t), float(t), int(t), t.item()) == (bool(value), value, int(value), value)
     assert f"{t:.3f}" == f"{value:.3f}"
@@ -87,12 +87,12 @@ def test_one_element_is_a_number(data):
 
 @pytest.mark.parametrize("function", [bool, float, int, Tensor.item, lambda t: f"{t:.3f}"])
 @pytest.mark.parametrize("shape", [(2,), (0,), (2, 3)])
-def test_several_elements_are_not_a_number(function, shape):
+def test_other_tensors_do_not_convert_to_a_number(function, shape):
     with pytest.raises((ValueError, TypeError), match=r"the tensor has shape \(.*\)"):
         function(Tensor(np.zeros(shape)))
 
 
-def test_integers_are_indices():
+def test_integer_tensors_can_be_indices():
     assert [10, 20, 30][Tensor(np.array(1))] == 20
     assert list(range(Tensor(np.array(2)))) == [0, 1]
     with pytest.raises(TypeError, match="a Tensor of dtype float32 is not an index"):
@@ -114,7 +114,7 @@ def test_iteration_and_length():
 
 
 @pytest.mark.parametrize("ufunc", protocols.UFUNCS, ids=lambda ufunc: ufunc.__name__)
-def test_ufuncs_give_tensors(ufunc):
+def test_ufuncs_return_tensors(ufunc):
     a, b = A, B
     if ufunc in (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.invert):
         a, b = a > 1, b > 1
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_ufunc():
     np.testing.assert_allclose(a.grad, B * np.exp(A), rtol=1e-6)
 
 
-ARGUMENTS = {  # in addition to the tensor of shape (2, 2); 0 for all others
+ARGUMENTS = {  # in addition to the tensor of shape (2, 2); all other methods are called with 0
     "reshape": ((4,),), "transpose": (), "clip": (1.5, 3.0), "squeeze": (), "ravel": (), "swapaxes": (0, 1),
     "moveaxis": (0, 1), "broadcast_to": ((3, 2, 2),), "array_split": (2,), "tensordot": (np.ones((2, 2)), 1),
     "repeat": (2,), "tile": ((2, 1),), "pad": (1,), "roll": (1, 0), "diff": (),
@@ -145,7 +145,7 @@ ARGUMENTS = {  # in addition to the tensor of shape (2, 2); 0 for all others
 
 
 @pytest.mark.parametrize(("function", "method"), protocols.METHODS.items(), ids=lambda f: getattr(f, "__name__", f))
-def test_functions_that_are_methods(function, method):
+def test_numpy_functions_that_are_tensor_methods(function, method):
     a = leaf([[1.0, 2.0], [3.0, 4.0]])
     arguments = ARGUMENTS.get(method, (0,))
     y = function(a, *arguments)
@@ -166,12 +166,12 @@ def test_functions_that_are_methods(function, method):
         (lambda a, b: np.add(a, b, out=np.zeros(3)), "np.add with options does not support Tensors"),
     ],
 )
-def test_other_functions_of_numpy_are_rejected(function, message):
+def test_other_numpy_functions_are_rejected(function, message):
     with pytest.raises(TypeError, match=message):
         function(leaf(A), leaf(B))
 
 
-def test_numpy_arrays_are_created_from_values():
+def test_conversion_to_a_numpy_array_uses_the_values():
     a = leaf(A)
     for array in (np.asarray(a), np.array(a), np.asarray(a, dtype="float64"), np.array([Tensor(1.0), Tensor(2.0)])):
         assert array.dtype.kind == "f"
@@ -212,10 +212,10 @@ def test_to_and_astype():
     np.testing.assert_array_equal(Tensor(np.eye(2, 3)).T.numpy(), np.eye(3, 2))
 
 
-def test_names_of_other_libraries_get_a_hint():
+def test_names_from_other_libraries_raise_with_a_hint():
     a = leaf(A)
     for name, hint in missing_names.TENSOR.items():
-        assert not hasattr(Tensor, name), f"Tensor has {name}: remove the row of TENSOR"
+        assert not hasattr(Tensor, name), f"Tensor has {name}: remove it from missing_names.TENSOR"
         with pytest.raises(AttributeError) as raised:
             getattr(a, name)
         assert str(raised.value) == f"Tensor has no attribute {name!r}; {hint}"
@@ -225,7 +225,7 @@ def test_names_of_other_libraries_get_a_hint():
         a.nonsense  # noqa: B018
 
 
-def test_nothing_is_changed_in_place():
+def test_tensors_cannot_be_changed_in_place():
     a = leaf(A)
     with pytest.raises(TypeError, match="a Tensor cannot be changed in place"):
         a[0] = 1
@@ -240,7 +240,7 @@ COPIES = [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 class TestCopies:
-    def test_a_tensor(self, copied):
+    def test_a_tensor_and_its_gradient(self, copied):
         a = leaf(A)
         (a * 2).sum().backward()
         b = copied(a)
@@ -286,7 +286,7 @@ class TestCopies:
         assert twin.a is twin.b
         assert twin.a is not model.a
 
-    def test_a_parameter_with_a_copy_in_bfloat16(self, copied):
+    def test_a_parameter_with_a_bfloat16_copy(self, copied):
         twin = copied(Parameter(A.copy(), copy="bfloat16"))
         assert isinstance(twin, Parameter)
         assert twin.copy_dtype == "bfloat16"
@@ -298,4 +298,4 @@ def test_an_operation_is_named_after_its_backward_function():
 
     a = leaf(A)
     y = record(a.data**2, (a,), my_square_backward, saved=(a.data,))
-    assert repr(y).endswith("made by my_square)")
+    assert repr(y).endswith("operation=my_square)")

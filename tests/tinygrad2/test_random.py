@@ -5,7 +5,7 @@ from tinygrad2 import random
 from tinygrad2.random import Key, bits64, draw, normal, permutation, philox4x32, uniform
 
 
-# Random123's known answers (kat_vectors, philox4x32 with 10 rounds).
+# Known answers of Random123 (kat_vectors, philox4x32 with 10 rounds).
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
@@ -19,14 +19,14 @@ from tinygrad2.random import Key, bits64, draw, normal, permutation, philox4x32,
     ],
     ids=["zeros", "ones", "pi"],
 )
-def test_published_vectors(counter, key, words):
+def test_philox_gives_the_published_results(counter, key, words):
     assert list(philox4x32(*map(np.uint64, counter + key))) == words
     arrays = [np.full((2, 3), value, dtype=np.uint64) for value in counter + key]
     for got, word in zip(philox4x32(*arrays), words, strict=True):
         np.testing.assert_array_equal(got, np.full((2, 3), word, dtype=np.uint64))
 
 
-def test_the_counter_and_the_key_are_laid_out_as_documented():
+def test_the_counter_and_the_key_have_the_documented_layout():
     key, group = Key(seed=0x299F31D0A4093822, step=0x03707344, site=0x13198A2E), np.uint64(0x85A308D3243F6A88)
     assert list(draw(key, group)) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
@@ -43,13 +43,13 @@ def test_at_changes_only_the_site():
     assert Key(5, 6, 7).at(8) == Key(5, 6, 7, 8)
 
 
-def test_every_field_except_first_sample_selects_another_stream():
+def test_every_field_except_first_sample_selects_a_different_stream():
     streams = [bits64(key, 8) for key in (Key(0), Key(1), Key(2**32), Key(0, step=1), Key(0, site=1))]
     assert len({tuple(stream) for stream in streams}) == len(streams)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_bits64_is_the_words_in_pairs(count):
+def test_bits64_combines_pairs_of_words(count):
     words = np.stack(draw(Key(3), np.arange(4, dtype=np.uint64)), axis=-1).reshape(-1)
     expected = [int(words[2 * i]) << 32 | int(words[2 * i + 1]) for i in range(count)]
     got = bits64(Key(3), count)
@@ -57,12 +57,12 @@ def test_bits64_is_the_words_in_pairs(count):
     assert [int(value) for value in got] == expected
 
 
-def test_uniform():
+def test_uniform_has_the_moments_of_a_uniform_distribution():
     values = uniform(Key(1), 40_000)
     assert values.dtype == np.float64
     assert values.min() >= 0
     assert values.max() < 1
-    for power in (1, 2, 3):  # five standard deviations
+    for power in (1, 2, 3):  # the tolerance is five standard deviations
         assert np.mean(values**power) == pytest.approx(1 / (power + 1), abs=5 * 0.3 / 200)
     np.testing.assert_array_equal(values[:17], uniform(Key(1), 17))
 
@@ -85,10 +85,10 @@ def test_permutations_are_uniform():
     counts = np.bincount([permutation(Key(0, step), 3) @ [9, 3, 1] for step in range(6000)])
     counts = counts[counts > 0]
     assert len(counts) == 6
-    assert np.sum((counts - 1000) ** 2 / 1000) < 20.5  # chi-squared with 5 degrees of freedom: 0.1%
+    assert np.sum((counts - 1000) ** 2 / 1000) < 20.5  # chi-squared with 5 degrees of freedom: p = 0.1 %
 
 
-def test_normal_has_the_moments_of_a_normal():
+def test_normal_has_the_moments_of_a_normal_distribution():
     z = normal(Key(7), (200, 500))
     n = z.size
     assert abs(z.mean()) < 5 / np.sqrt(n)
@@ -107,7 +107,7 @@ def test_normal_is_reproducible_and_a_prefix_of_a_longer_draw(shape):
     np.testing.assert_array_equal(z.reshape(-1), normal(Key(7), (100,), std=0.02)[: z.size])
 
 
-def test_normal_does_not_depend_on_how_it_is_cut_into_chunks():
+def test_normal_does_not_depend_on_its_chunks():
     many = 4 * (1 << 14) + 9
     z = normal(Key(1), (many,))
     rows = (np.stack(draw(Key(1), np.arange(1 << 14, (1 << 14) + 3, dtype=np.uint64)), axis=-1) + 0.5) / 2**32

@@ -1,4 +1,4 @@
-"""recipes.py: a layer recomputes its input instead of saving it."""
+"""tinygrad2/recipes.py: a layer recomputes its input instead of saving it."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CHEAP = {
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", CHEAP)
 def test_a_wide_layer_recomputes_its_input(name, dtype, monkeypatch):
-    """It saves no array that the operation before it does not save, and the gradients have the same bits."""
+    """The layer saves only arrays that the previous operation saves too, and the gradients are bit-identical."""
     rng = np.random.default_rng(0)
     values = [rng.normal(size=shape).astype(dtype) for shape in ((70, 24), (24,), (24,), (24, 800))]
     outcomes, sizes = [], []
@@ -43,8 +43,8 @@ def test_an_input_that_was_replaced_is_not_recomputed(monkeypatch):
     np.testing.assert_array_equal(matrix.grad, 14)
 
 
-def test_an_input_that_is_recomputed_must_not_have_changed(monkeypatch):
-    """The bias of LayerNorm is needed only to compute its result again."""
+def test_recomputing_an_input_from_changed_data_raises(monkeypatch):
+    """Only the recomputation of the input needs the bias of LayerNorm."""
     monkeypatch.setattr(backend_of(np.ones(1)), "recompute_outputs", 1)
     norm, matrix = nn.LayerNorm(3), Tensor(np.ones((3, 4), np.float32), requires_grad=True)
     y = ops.linear(norm(Tensor(np.ones((2, 3), np.float32))), matrix).sum()

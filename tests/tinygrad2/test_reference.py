@@ -1,4 +1,4 @@
-"""The math compared with plain formulas and PyTorch's conventions. test_gradcheck.py tests the gradients."""
+"""reference.py, compared with plain formulas and PyTorch's conventions. test_gradcheck.py tests the gradients."""
 
 import math
 
@@ -22,7 +22,7 @@ def naive_softmax(x):
 
 
 def naive_attention(qkv, n_head, mask=1.0):
-    """Attention by definition, with the whole T x T matrix; `mask` multiplies the weights (dropout)."""
+    """Attention by its definition, with the full T x T matrix. The weights are multiplied by `mask` (dropout)."""
     B, T, width = qkv.shape
     D = width // 3 // n_head
     q, k_, v = (part.reshape(B, T, n_head, D) for part in np.split(qkv, 3, axis=-1))
@@ -54,7 +54,7 @@ def test_unbroadcast_is_the_adjoint_of_broadcasting(shape, axes):
     assert np.sum(got * x) == pytest.approx(np.sum(dy * np.broadcast_to(x, dy.shape)))
 
 
-def test_the_maximum_shares_its_gradient_equally():
+def test_the_gradient_of_the_maximum_is_shared_equally():
     x = np.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
     dx = k.max_backward(np.array([6.0, 5.0]), x, k.max_forward(x, (1,), False), (1,))
     np.testing.assert_array_equal(dx, [[0, 3, 3], [5, 0, 0]])
@@ -75,14 +75,14 @@ def test_gradients_of_repeated_elements_are_summed(index):
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 1, 3, 5)])
-def test_linear(shape):
+def test_linear_equals_its_formula(shape):
     x, weight, bias = R.normal(size=shape), R.normal(size=(5, 7)), R.normal(size=7)
     expected = np.einsum("...i,ij->...j", x, weight)
     np.testing.assert_allclose(k.linear_forward(x, weight, bias), expected + bias, rtol=1e-13)
     np.testing.assert_allclose(k.linear_forward(x, weight, None), expected, rtol=1e-13)
 
 
-def test_gradients_of_parameters_are_added_to_and_none_is_skipped():
+def test_parameter_gradients_are_accumulated_and_none_is_skipped():
     x, weight, dy = R.normal(size=(2, 3, 5)), R.normal(size=(5, 7)), R.normal(size=(2, 3, 7))
     dweight, dbias = np.ones((5, 7)), np.ones(7)
     dx = k.linear_backward(dy, x, weight, dweight, dbias)
@@ -96,7 +96,7 @@ def test_gradients_of_parameters_are_added_to_and_none_is_skipped():
 
 @pytest.mark.parametrize("shape", [(4,), (1, 1), (3, 5)])
 @pytest.mark.parametrize("first", [0, 2])
-def test_embedding(shape, first):
+def test_embedding_equals_its_formula(shape, first):
     wte, wpe, tokens = R.normal(size=(4, 3)), R.normal(size=(7, 3)), R.integers(0, 4, shape)
     y = k.embedding_forward(tokens, wte, wpe, first)
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
@@ -116,7 +116,7 @@ def test_embedding(shape, first):
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 5, 1001, 2**32 - 3, 2**34 - 3, 2**40 + 7])
-def test_dropout_from_any_element_is_a_slice_of_a_longer_draw(first):
+def test_dropout_starting_at_any_element_is_a_slice_of_a_longer_draw(first):
     start = first - min(first, 9)
     long = k.dropout_scale(KEY, start, 60, 0.4, np.float64)
     for count in (1, 2, 3, 4, 5, 31):
@@ -125,7 +125,7 @@ def test_dropout_from_any_element_is_a_slice_of_a_longer_draw(first):
         )
 
 
-def test_dropout_from_an_array_of_elements():
+def test_dropout_starting_at_an_array_of_elements():
     first = np.array([[0, 1, 2], [3, 50, 93]], dtype=np.uint64)
     rows = k.dropout_scale(KEY, first, 7, 0.4, np.float32)
     assert rows.shape == (2, 3, 7)
@@ -136,7 +136,7 @@ def test_dropout_from_an_array_of_elements():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_mean(rate):
+def test_dropout_preserves_the_mean(rate):
     scale = k.dropout_scale(KEY, 0, 100_000, rate, np.float64)
     np.testing.assert_allclose(np.unique(scale), [0, 1 / (1 - rate)], rtol=1e-15)
     assert scale.mean() == pytest.approx(1, abs=5 * math.sqrt(rate / (1 - rate) / 100_000))
@@ -150,18 +150,18 @@ def test_dropout_differs_by_seed_step_and_site():
 
 
 @pytest.mark.parametrize("split", [1, 2, 5])
-def test_splitting_a_batch_draws_the_same_dropout(split):
+def test_splitting_a_batch_gives_the_same_dropout(split):
     x = R.normal(size=(7, 5, 12))
     dy = R.normal(size=(7, 5, 4))
     parts = [(x[i : i + split], dy[i : i + split], Key(1, 2, first_sample=i)) for i in range(0, 7, split)]
-    whole = k.dropout_forward(x, 0.3, Key(1, 2))
-    np.testing.assert_array_equal(whole, np.concatenate([k.dropout_forward(p, 0.3, key) for p, _, key in parts]))
-    whole, lse = k.attention_forward(x, 2, 0.3, Key(1, 2))
+    full = k.dropout_forward(x, 0.3, Key(1, 2))
+    np.testing.assert_array_equal(full, np.concatenate([k.dropout_forward(p, 0.3, key) for p, _, key in parts]))
+    full, lse = k.attention_forward(x, 2, 0.3, Key(1, 2))
     outs = [k.attention_forward(p, 2, 0.3, key) for p, _, key in parts]
-    np.testing.assert_allclose(whole, np.concatenate([out for out, _ in outs]), rtol=1e-12)
+    np.testing.assert_allclose(full, np.concatenate([out for out, _ in outs]), rtol=1e-12)
     back = [k.attention_backward(d, p, *o, 2, 0.3, key) for (p, d, key), o in zip(parts, outs, strict=True)]
     np.testing.assert_allclose(
-        k.attention_backward(dy, x, whole, lse, 2, 0.3, Key(1, 2)), np.concatenate(back), rtol=1e-9, atol=1e-14
+        k.attention_backward(dy, x, full, lse, 2, 0.3, Key(1, 2)), np.concatenate(back), rtol=1e-9, atol=1e-14
     )
 
 
@@ -169,7 +169,7 @@ def test_splitting_a_batch_draws_the_same_dropout(split):
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 1), (2, 3, 17)])
-def test_layernorm(shape):
+def test_layernorm_equals_its_formula(shape):
     x, weight, bias = 3 + 2 * R.normal(size=shape), R.normal(size=shape[-1]), R.normal(size=shape[-1])
     y, mean, rstd = k.layernorm_forward(x, weight, bias, 1e-3)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * weight + bias
@@ -180,8 +180,8 @@ def test_layernorm(shape):
     np.testing.assert_allclose(y2, y, rtol=1e-9, atol=1e-9)
 
 
-def test_layernorm_far_from_zero_in_float32():
-    """The variance is computed from centred values: mean(x^2) - mean(x)^2 would lose all precision at 1e4."""
+def test_layernorm_with_a_large_mean_in_float32():
+    """The variance is computed from centered values: mean(x^2) - mean(x)^2 would lose all precision at 1e4."""
     x = R.normal(size=(4, 64))
     y = k.layernorm_forward((x + 1e4).astype(np.float32), np.float32(1), np.float32(0), 1e-5)[0]
     np.testing.assert_allclose(y, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), atol=5e-3)
@@ -193,8 +193,8 @@ def test_layernorm_far_from_zero_in_float32():
 @pytest.mark.parametrize(
     ("T", "n_head", "D"), [(1, 1, 1), (1, 3, 2), (13, 2, 5), (127, 1, 3), (128, 1, 3), (129, 2, 1)]
 )
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "dropout"])
-def test_attention(T, n_head, D, key):
+@pytest.mark.parametrize("key", [None, KEY], ids=["no dropout", "dropout"])
+def test_attention_equals_its_formula(T, n_head, D, key):
     qkv = R.normal(size=(2, T, 3 * n_head * D))
     mask = 1.0
     if key is not None:
@@ -227,7 +227,7 @@ def test_attention_is_causal():
     assert not k.attention_backward(dout, qkv, out, lse, 1, 0.0, None)[:, 70:].any()
 
 
-def test_attention_of_large_scores_is_finite():
+def test_attention_with_large_scores_is_finite():
     qkv = R.normal(size=(1, 9, 6)) * 1e3
     out, lse = k.attention_forward(qkv.astype(np.float32), 1, 0.0, None)
     assert np.isfinite(out).all()
@@ -247,7 +247,7 @@ def test_cached_attention_equals_attention(pieces):
 # GELU ---------------------------------------------------------------------------------------------------------------
 
 
-def test_erf_to_full_precision():
+def test_erf_has_full_precision():
     x = np.concatenate(
         [np.linspace(-7, 7, 20_001), [0.46875, -0.46875, 4.0, -4.0, 1e-300, 5e-324, 1e-8, 30.0, -1e10, np.inf, -np.inf]]
     )
@@ -259,7 +259,7 @@ def test_erf_to_full_precision():
     np.testing.assert_array_equal(k.erf(-x), -got)
 
 
-def test_erf_in_float32():
+def test_erf_has_full_precision_in_float32():
     x = np.linspace(-7, 7, 5001, dtype=np.float32)
     got = k.erf(x)
     assert got.dtype == np.float32
@@ -267,7 +267,7 @@ def test_erf_in_float32():
 
 
 @pytest.mark.parametrize("bias", [None, np.array([0.5, -1.0, 2.0])])
-def test_gelu(bias):
+def test_gelu_equals_its_formula(bias):
     x = R.normal(size=(40, 3)) * 3
     u = x if bias is None else x + bias
     tanh_form = vectorized(lambda u: 0.5 * u * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))))
@@ -285,14 +285,14 @@ def test_gelu_of_large_arguments_is_linear(backward):
 # Softmax, cross-entropy, head ---------------------------------------------------------------------------------------
 
 
-def test_softmax():
+def test_softmax_equals_its_formula():
     x = R.normal(size=(2, 3, 7))
     np.testing.assert_allclose(k.softmax_forward(x), naive_softmax(x), rtol=1e-13)
     np.testing.assert_allclose(k.softmax_forward(x + 1e4), naive_softmax(x), rtol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)])
-def test_cross_entropy(shape):
+def test_cross_entropy_equals_its_formula(shape):
     logits, targets = R.normal(size=(*shape, 7)), R.integers(0, 7, shape)
     loss, log_total = k.cross_entropy_forward(logits, targets)
     p = naive_softmax(logits)
@@ -331,7 +331,7 @@ def test_lm_head_equals_linear_and_cross_entropy(shape):
 # Optimizer ----------------------------------------------------------------------------------------------------------
 
 
-def test_squared_norm():
+def test_squared_norm_and_norm():
     x = R.normal(size=101)
     squares = k.squared_norm(x)
     assert squares.shape == (3,)

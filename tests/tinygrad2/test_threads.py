@@ -1,4 +1,4 @@
-"""tinygrad2/threads.py: the division of work, and BLAS's settings, which are restored."""
+"""tinygrad2/threads.py: the division of work, and the number of BLAS threads, which is restored."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def restored():
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 17, 1000])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_parts_cover_everything_once(n, count):
+def test_parts_cover_every_index_once(n, count):
     threads.set_count(count)
     for grain in (1, 4, 2000):
         pieces = threads.parts(n, grain)
@@ -42,12 +42,12 @@ def test_importing_and_computing_do_not_change_blas():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_set_count_rejects_none():
+def test_set_count_rejects_zero():
     with pytest.raises(ValueError, match="expected 1 to 1,024"):
         threads.set_count(0)
 
 
-def test_a_product_in_parts_is_the_product():
+def test_a_product_that_is_divided_into_parts_is_correct():
     cpu = pytest.importorskip("tinygrad2.kernels.cpu")
     R = np.random.default_rng(0)
     for count in (1, 2, 3):
@@ -62,8 +62,8 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
-def test_blas_is_restored_after_several_threads_limited_it():
-    """The second caller finds BLAS limited to one thread, and must not restore that."""
+def test_the_blas_threads_are_restored_after_several_threads_limited_them():
+    """The second caller finds BLAS limited to one thread, and must not restore this limit."""
     threads.set_count(2)
     before = blas_threads()
     first, second = threads.blas_on_one_thread(), threads.blas_on_one_thread()
@@ -81,7 +81,7 @@ def test_an_interrupt_does_not_leave_blas_on_one_thread(set_again):
     threads.set_count(2)
     lost = threads.blas_on_one_thread()
     lost.__enter__()
-    del lost  # Ctrl-C came just before its __exit__
+    del lost  # as after Ctrl-C just before its __exit__
     if set_again:
         threads.set_count(2)
         assert max(blas_threads()) == 2

@@ -1,4 +1,4 @@
-"""tracing(): which operations are reported, and with which values; outside of it nothing is called."""
+"""tracing() reports operations with their values. Outside its context, nothing is called."""
 
 import threading
 
@@ -37,7 +37,7 @@ def test_every_operation_is_reported_with_its_parents_and_results(operands, grad
     assert np.array_equal(y.numpy(), expected)
 
 
-def test_an_operation_of_several_results_and_one_of_the_user_are_reported(operands):
+def test_operations_with_several_results_and_user_defined_operations_are_reported(operands):
     x, _ = operands
     ones = Tensor(np.ones(3))
 
@@ -55,14 +55,14 @@ def test_an_operation_of_several_results_and_one_of_the_user_are_reported(operan
     assert found[2].name == "<lambda>"
 
 
-def test_recompute_reports_the_operations_inside_it(operands):
+def test_operations_inside_recompute_are_reported(operands):
     found = []
     with tracing(found.append):
         recompute(forward, *operands)
     assert [operation.name for operation in found] == ["linear", "gelu", "add", "recompute"]
 
 
-def test_nothing_is_called_outside_of_the_context_or_in_another_thread(operands, monkeypatch):
+def test_nothing_is_called_outside_the_context_or_in_another_thread(operands, monkeypatch):
     found = []
     thread = threading.Thread(target=forward, args=operands)
     with tracing(found.append):
@@ -75,7 +75,7 @@ def test_nothing_is_called_outside_of_the_context_or_in_another_thread(operands,
     assert found == []
 
 
-def test_contexts_nest(operands):
+def test_contexts_can_be_nested(operands):
     outer, inner = [], []
     with tracing(outer.append):
         with tracing(inner.append):

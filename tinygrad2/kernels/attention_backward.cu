@@ -1,37 +1,38 @@
 #include "common.cuh"
 #include "attention.cuh"
-// Causal flash attention backward on tensor cores, bf16 in and out, everything between in f32. With S = Q K^T,
-// P = exp(scale S - lse), scale = 1 / sqrt(D), and M dropout's factors, delta = rowsum(dO O):
+// Backward pass of causal flash attention on tensor cores. Inputs and outputs are bf16; intermediate results are f32.
+// With S = Q K^T, P = exp(scale S - lse), scale = 1 / sqrt(D), the dropout factors M, and delta = rowsum(dO O):
 //
 //   dV = (P M)^T dO;   dP = (dO V^T) M;   dS = P (dP - delta);   dQ = scale dS K;   dK = scale dS^T Q.
 //
-// lse is rounded to f32, and P has its rounding error. Up to scores of 2^15 that is smaller than the rounding error of
-// bf16 (tests/tinygrad2/test_numerics.py). It grows in proportion to the scores: from 2^24 on, P is wrong.
+// lse is rounded to f32, and its rounding error propagates to P. For scores up to 2^15, the error is smaller than that
+// of bf16 (tests/tinygrad2/test_numerics.py). It grows in proportion to the scores; from 2^24 on, P is wrong.
 //
-// qkv and dqkv are (B, T, 3, H, D), as matrix products write and read them, out and dout (B, T, H, D), lse and delta
-// (B, H, T) f32. dQ sums over keys, dK and dV over queries: a kernel for each, so that every sum stays in the registers
-// of one warp and its order is fixed. S and dP are computed twice, 7 products instead of 5, and no atomics are needed.
+// qkv and dqkv are (B, T, 3, H, D), as the matrix products write and read them; out and dout are (B, T, H, D); lse and
+// delta are (B, H, T), f32. dQ is a sum over keys, dK and dV are sums over queries. There is one kernel for each case,
+// so that every sum stays in the registers of one warp and has a fixed order. S and dP are therefore computed twice (7
+// products instead of 5), but no atomics are needed.
 //
-// A block of 4 warps owns OWNED queries (or keys) and iterates over the keys (or queries) in tiles of STREAM rows: the
-// next tile is copied while this one is used. A warp processes CHUNK of those rows at a time, and skips chunks that are
-// entirely above the diagonal.
+// A block of 4 warps owns OWNED queries (or keys) and iterates over the keys (or queries) in tiles of STREAM rows. The
+// next tile is copied while the current one is used. A warp processes CHUNK rows of a tile at a time, and skips chunks
+// that are entirely above the diagonal.
 //
-// The backward pass of 124M, B = 64, T = 1024, one layer; X = 101 MB, a bf16 (B, T, C) array. Floor on an H200, at 4.3 TB/s
-// and 790 TFLOP/s (mma.sync reaches about 600, an mma of 16 x 8 x 16 every 6 to 7 cycles of a tensor core):
+// The backward pass of one layer of the 124M model, B = 64, T = 1024; X = 101 MB, a bf16 (B, T, C) array. Floor on an
+// H200, at 4.3 TB/s and 790 TFLOP/s (mma.sync reaches about 600, at 6 to 7 cycles per 16 x 8 x 16 mma):
 //   attention_delta        2 X read, 0.2 GB                                                            0.05 ms
 //   attention_backward_kv  4 products, 0.21 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.26 ms
 //   attention_backward_q   3 products, 0.15 TFLOP; 4 X read, X written, 0.5 GB                         0.20 ms
-// attention_backward_kv is limited by shared memory: a warp that owns 16 keys reads 16 elements of the stream for every
-// 2 mmas, so reading takes a third longer than multiplying.
+// attention_backward_kv is limited by shared-memory bandwidth: a warp that owns 16 keys reads 16 elements of the stream
+// for every 2 mmas, so reading takes a third longer than multiplying.
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int M = OWNED / (16 * WARPS);  // tiles of 16 rows that a warp owns; all use what is read of the stream
+constexpr int M = OWNED / (16 * WARPS);  // tiles of 16 rows that a warp owns; they share each read of the stream
 constexpr float LOG2E = 1.44269504089f;
 static_assert(OWNED % (16 * WARPS) == 0 && STREAM % CHUNK == 0 && CHUNK % 16 == 0 && STREAM <= 64, "tiles");
 
-// The rows of one warp as left factors: kept in registers where these suffice, else read from their tile each time.
+// The rows of one warp as left factors. They are kept in registers if they fit, and otherwise reread from their tile.
 template <bool HELD>
 struct Own {
   const bf16* tile;
@@ -107,7 +108,7 @@ __device__ __forceinline__ void add_product(float (&sum)[M][D / 8][4], const flo
   }
 }
 
-// delta = rowsum(dO O), 8 lanes per row.
+// delta = rowsum(dO O), with 8 lanes per row.
 extern "C" __global__ void __launch_bounds__(256)
 attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const bf16* __restrict__ out, int T, int H,
                 int rows) {
@@ -130,16 +131,16 @@ attention_delta(float* __restrict__ delta, const bf16* __restrict__ dout, const 
   }
 }
 
-// dK and dV of OWNED keys. The score matrix is computed with keys as its rows: then P^T and dS^T are in registers in
-// the layout of a left factor of mma.
-constexpr int BLOCKS_AT_ONCE = D <= 64 && M == 1 && !DROPOUT ? 3 : 2;  // on a multiprocessor, as the registers allow
+// dK and dV of OWNED keys. The rows of the score matrix are keys, so that P^T and dS^T are in registers in the layout
+// of a left factor of an mma.
+constexpr int BLOCKS_AT_ONCE = D <= 64 && M == 1 && !DROPOUT ? 3 : 2;  // per multiprocessor, limited by the registers
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, const bf16* __restrict__ qkv,
                       const float* __restrict__ lse, const float* __restrict__ delta, int T, int H, float scale,
                       PhiloxKey key, unsigned long long first_sample, unsigned threshold, float keep_scale) {
   DYN_SMEM(bf16, smem);
   bf16 *tile_k = smem, *tile_v = tile_k + OWNED * LD, *tiles_q = tile_v + OWNED * LD, *tiles_do = tiles_q + 2 * STREAM * LD;
-  float* statistics = (float*)(tiles_do + 2 * STREAM * LD);  // of two tiles: STREAM of lse, base 2, and STREAM of delta
+  float* statistics = (float*)(tiles_do + 2 * STREAM * LD);  // per tile: STREAM values of lse (base 2), then of delta
   int lane = threadIdx.x % 32, own_row = warp_index() * 16 * M;
   int blocks = (T + OWNED - 1) / OWNED, head, block;
   place(blocks, T, head, block);
@@ -162,7 +163,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
   if (threadIdx.x < 2 * STREAM) statistics[threadIdx.x] = statistic(begin);
 
   constexpr bool HELD = 2 * M * D / 4 <= 48;
-  constexpr int CHUNKS_AT_ONCE = DROPOUT ? 1 : STREAM / CHUNK;  // unrolled, it uses fewer registers
+  constexpr int CHUNKS_AT_ONCE = DROPOUT ? 1 : STREAM / CHUNK;  // unrolling reduces the number of registers
   Own<HELD> own_k(tile_k, own_row), own_v(tile_v, own_row);
   int warp_key = first_key + own_row;
   float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
@@ -170,7 +171,7 @@ attention_backward_kv(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, co
     int stage = (j - begin) % 2;
     float next = 0.f;
     cp_async_wait<0>();
-    __syncthreads();  // this tile has arrived for all threads, and all have finished the one that the next overwrites
+    __syncthreads();  // all threads have received this tile, and have finished the tile that the next copy overwrites
     if (j + 1 < end) {
       load_tile<STREAM, THREADS>(tiles_q + (stage ^ 1) * STREAM * LD, q, (j + 1) * STREAM, T, stride);
       load_tile<STREAM, THREADS>(tiles_do + (stage ^ 1) * STREAM * LD, d_out, (j + 1) * STREAM, T, out_stride);
@@ -257,7 +258,7 @@ attention_backward_q(bf16* __restrict__ dqkv, const bf16* __restrict__ dout, con
   cp_async_commit();
 
   int warp_query = first_query + own_row;
-  float l[M][2], d[M][2];  // of rows lane / 4 and lane / 4 + 8 of each 16; lse in units of log 2
+  float l[M][2], d[M][2];  // lse (base 2) and delta of rows lane / 4 and lane / 4 + 8 of each 16 rows
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll

@@ -1,6 +1,6 @@
 #include "common.cuh"
-// Attention of new tokens to earlier ones, for generation. qkv (B, T, 3, H, D) of positions length ... length + T - 1,
-// cache (2, B, H, capacity, D), out (B, T, H, D), all REAL; any head size D.
+// Attention of new tokens to earlier tokens, for generation. qkv (B, T, 3, H, D), for positions from `length` on;
+// cache (2, B, H, capacity, D); out (B, T, H, D). All are REAL, with any head size D.
 constexpr int VEC = D % Pack<REAL>::N ? 1 : Pack<REAL>::N;  // elements per access
 constexpr int VECS = D / VEC;                              // accesses per row of the cache
 constexpr int group_size() {                               // lanes per key: the smallest power of two that covers its row
@@ -8,13 +8,13 @@ constexpr int group_size() {                               // lanes per key: the
   while (lanes < VECS && lanes < 32) lanes *= 2;
   return lanes;
 }
-constexpr int GROUP = group_size(), PART = (VECS + GROUP - 1) / GROUP;  // each lane has PART accesses of a row
-constexpr int AT_ONCE = 32 / GROUP, AHEAD = 4, WARPS = 8;  // keys that a warp reads at once; such reads in flight
+constexpr int GROUP = group_size(), PART = (VECS + GROUP - 1) / GROUP;  // PART: accesses per lane and row
+constexpr int AT_ONCE = 32 / GROUP, AHEAD = 4, WARPS = 8;  // keys per read of a warp; reads in flight; warps per block
 
 struct Row {
   float v[PART][VEC];
 };
-// This lane's part of a row, zeros beyond it; access i of the lanes of a group is contiguous.
+// Read this lane's part of a row, with zeros past the end. Access i is contiguous across the lanes of a group.
 __device__ __forceinline__ void read(Row& row, const REAL* from, int member) {
 #pragma unroll
   for (int i = 0; i < PART; i++) {
@@ -26,15 +26,15 @@ __device__ __forceinline__ void read(Row& row, const REAL* from, int member) {
   }
 }
 
-// out = softmax(q k^T / sqrt(D)) v over the keys up to the token's own; the token's key and value go to the cache.
+// out = softmax(q k^T / sqrt(D)) v over the keys up to the token's own. Its key and value are added to the cache.
 //
-// A block has one token of one head. Its warps share the keys; in a warp, a group of lanes processes one key at a time,
-// with AHEAD keys loaded at once, and a running maximum and sum in f32 (arXiv:2205.14135). At the end the groups and
-// then the warps are added, in a fixed order. Tokens of the same call are read from qkv, so that no block waits for
-// another.
+// A block processes one token of one head. The keys are divided among its warps. In a warp, a group of lanes processes
+// one key at a time, with AHEAD keys in flight, and a running maximum and sum in f32 (arXiv:2205.14135). At the end,
+// the results of the groups and then of the warps are added in a fixed order. The keys and values of new tokens are
+// read from qkv, so no block waits for another.
 //
-// Reads the cache once for T = 1: 124M, 1024 keys, one layer 3.1 MB per sequence, 0.7 us at 4.3 TB/s; 2 FLOP per byte. For
-// T > 1 it reads it T times (from L2): correct, but not fast.
+// For T = 1, the kernel reads the cache once: for the 124M model with 1024 keys, 3.1 MB per layer and sequence, 0.7 us
+// at 4.3 TB/s; 2 FLOPs per byte. For T > 1, it reads the cache T times (from L2): correct, but not fast.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* __restrict__ qkv, int T, int H,
                  int length, int capacity, float scale) {
@@ -84,7 +84,7 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
       for (int e = 0; e < VEC; e++) sum.v[i][e] *= shrink;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
-      float p = exp2f((s[a] - base) * scale);  // subtracted first: only the difference is rounded
+      float p = exp2f((s[a] - base) * scale);  // subtract first, so that only the difference is rounded
       total += p;
 #pragma unroll
       for (int i = 0; i < PART; i++)
@@ -127,8 +127,8 @@ attention_cached(REAL* __restrict__ out, REAL* __restrict__ cache, const REAL* _
   }
 }
 
-// Copies the keys and values of a prompt to positions length ... of the cache, in addition to attention_forward.
-// One block per token. 8 bytes per element in bf16; 124M, 1024 tokens, one layer: 6.3 MB, 1.5 us.
+// Copy the keys and values of a prompt to the cache, from position `length` on; attention_forward computes the output.
+// One block per token. 8 bytes per element in bf16; 124M model, 1024 tokens, one layer: 6.3 MB, 1.5 us.
 extern "C" __global__ void __launch_bounds__(256)
 fill_cache(REAL* __restrict__ cache, const REAL* __restrict__ qkv, int B, int T, int H, int length, int capacity) {
   using Part = Pack<REAL, VEC>;

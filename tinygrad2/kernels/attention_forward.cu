@@ -1,24 +1,24 @@
 #include "common.cuh"
 #include "attention.cuh"
-// Causal flash attention, forward:  out = softmax(q k^T / sqrt(D)) v  and  lse, the natural log of each row's sum of
-// exponentials, with dropout (DROPOUT=1) on the weights but not on their sum.
+// Forward pass of causal flash attention: out = softmax(q k^T / sqrt(D)) v, and lse, the natural logarithm of each
+// row's sum of exponentials. Dropout (DROPOUT=1) applies to the weights but not to their sum.
 //
-// qkv (B, T, 3, H, D), as the matrix product writes it, out (B, T, H, D), lse (B, H, T) f32. A block of 4 warps has
-// ROWS queries of one head, 16 M per warp, and iterates over the keys before them, KEYS at a time; the next tile is
-// copied while this one is used, and the scores stay in registers. Running maximum and sum: arXiv:2205.14135. The
-// scores are scaled by log2(e) / sqrt(D), so that one exp2 of one fused multiply-add gives a weight.
+// qkv (B, T, 3, H, D), as written by the matrix product; out (B, T, H, D); lse (B, H, T), f32. A block of 4 warps
+// processes ROWS queries of one head, 16 M per warp, and iterates over the keys up to them, KEYS at a time. The next
+// tile is copied while the current one is used, and the scores stay in registers. Running maximum and sum:
+// arXiv:2205.14135. Scores are scaled by log2(e) / sqrt(D), so that one fused multiply-add and one exp2 give a weight.
 //
-// 124M (H=12, D=64), B=64, T=1024, one layer: 302 MB read (keys and values again from L2), 101 MB and 3 MB written:
-// 94 us; 103 GFLOP under the diagonal, 130 us at 790 TFLOP/s, which mma.sync does not reach: 450 us at FlashAttention-2's
-// 229 TFLOP/s.
+// 124M model (H=12, D=64), B=64, T=1024, one layer: 302 MB read (keys and values are reread from L2), 101 MB and 3 MB
+// written, 94 us. 103 GFLOP below the diagonal take 130 us at 790 TFLOP/s, which mma.sync does not reach, and 450 us at
+// FlashAttention-2's 229 TFLOP/s.
 #ifndef DROPOUT
 #define DROPOUT 0
 #endif
 constexpr int WARPS = 4, ROWS = OWNED, KEYS = STREAM;
-constexpr int M = ROWS / (16 * WARPS);  // fragments of 16 queries per warp; two of them share each fragment of keys
+constexpr int M = ROWS / (16 * WARPS);  // fragments of 16 queries per warp, which share each fragment of keys
 static_assert(ROWS % (16 * WARPS) == 0 && KEYS % 16 == 0, "tiles");
 
-// The maximum, or the sum, over the four lanes that share a row of a fragment.
+// Maximum and sum over the four lanes that share a row of a fragment.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -38,7 +38,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
   int lane = threadIdx.x % 32, b = head / H, h = head % H;
   int top = (blocks - 1 - block) * ROWS;               // the last queries attend to the most keys
   int warp_top = top + warp_index() * 16 * M;          // the first query of this warp
-  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;  // of keys that some query of this block attends to
+  int tiles = (min(top + ROWS, T) + KEYS - 1) / KEYS;  // tiles of keys that some query of this block attends to
   int stride = 3 * H * D;
   const bf16 *Q = qkv + (size_t)b * T * stride + h * D, *K = Q + H * D, *V = K + H * D;
 
@@ -55,7 +55,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
   for (int j = 0; j < tiles; j++) {
     const bf16 *tile_k = keys + j % 2 * KEYS * LD, *tile_v = values + j % 2 * KEYS * LD;
     cp_async_wait<0>();
-    __syncthreads();  // this tile has arrived for all threads, and all have finished the one that the next overwrites
+    __syncthreads();  // all threads have received this tile, and have finished the tile that the next copy overwrites
     if (j + 1 < tiles) {
       load_tile<KEYS, 32 * WARPS>(keys + (j + 1) % 2 * KEYS * LD, K, (j + 1) * KEYS, T, stride);
       load_tile<KEYS, 32 * WARPS>(values + (j + 1) % 2 * KEYS * LD, V, (j + 1) * KEYS, T, stride);
@@ -81,7 +81,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
             mma_bf16_16816(s[m][2 * n + 1], q[m][k], f[2], f[3]);
           }
         }
-      if ((j + 1) * KEYS > warp_top + 1) hide_later_keys(s, warp_top, j * KEYS);  // the diagonal crosses it
+      if ((j + 1) * KEYS > warp_top + 1) hide_later_keys(s, warp_top, j * KEYS);  // the diagonal crosses this tile
 #pragma unroll
       for (int m = 0; m < M; m++)
 #pragma unroll
@@ -121,7 +121,7 @@ attention_forward(bf16* __restrict__ out, float* __restrict__ lse, const bf16* _
 #endif
 #pragma unroll
       for (int k = 0; k < KEYS / 16; k++) {
-        unsigned p[M][4];  // the results of two mmas have the layout of a left factor
+        unsigned p[M][4];  // the results of two mmas, packed, have the layout of a left factor
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll

@@ -1,7 +1,7 @@
 """bfloat16 in compiled code: the upper half of a float32, stored as uint16, which Numba supports.
 
-A kernel reads each number with `wide` and writes it with `narrow`. For other types they do nothing, so that the same
-source works for float32, float64 and bfloat16. All computation is in float32 or float64.
+A kernel reads each element with `wide` and writes it with `narrow`. For other types these functions do nothing, so the
+same source works for float32, float64 and bfloat16. All arithmetic is in float32 or float64.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ GRAIN = 1 << 18  # minimum number of elements per thread
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """The array for compiled code: bfloat16 as uint16, others unchanged."""
+    """View a bfloat16 array as uint16, for compiled code. Other arrays are returned unchanged."""
     return x.view(np.uint16) if x.dtype == bfloat16 else x
 
 
 @intrinsic
 def wide(typing_context: Context, number: types.Type) -> pool.Intrinsic:
-    """Convert a number after reading it: bfloat16 to float32, exactly; others are unchanged."""
+    """Convert a bfloat16 number to float32, exactly, after reading it. Other numbers are unchanged."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -42,9 +42,9 @@ def wide(typing_context: Context, number: types.Type) -> pool.Intrinsic:
 
 @intrinsic
 def narrow(typing_context: Context, number: types.Type, into: types.Type) -> pool.Intrinsic:
-    """Convert a float32 before writing it to the array `into`: if uint16, to the nearest bfloat16 (ties to even).
+    """Round a float32 to the nearest bfloat16 (ties to even) before writing it to the array `into`, if that is uint16.
 
-    NaN stays NaN. Numbers for arrays of other types are unchanged.
+    NaN stays NaN. For arrays of other types, the number is unchanged.
     """
 
     def generate(
@@ -57,7 +57,7 @@ def narrow(typing_context: Context, number: types.Type, into: types.Type) -> poo
         odd = builder.and_(builder.lshr(given, word(16)), word(1))
         rounded = builder.add(given, builder.add(odd, word(0x7FFF)))
         is_nan = builder.icmp_unsigned(">", builder.and_(given, word(0x7FFFFFFF)), word(0x7F800000))
-        quiet = builder.or_(given, word(0x00400000))  # otherwise the upper half could be an infinity's
+        quiet = builder.or_(given, word(0x00400000))  # otherwise the upper half could be that of an infinity
         result = builder.select(is_nan, quiet, rounded)
         return builder.trunc(builder.lshr(result, word(16)), ir.IntType(16))
 
@@ -73,14 +73,14 @@ def _convert(x: np.ndarray, y: np.ndarray) -> None:
 
 
 def convert(x: np.ndarray, y: np.ndarray) -> None:
-    """y = x, rounded to the nearest; each is float32 or bfloat16, and contiguous."""
+    """y = x, rounded to nearest. Each array is float32 or bfloat16, and contiguous."""
     flat, out = bits(x).reshape(-1), bits(y).reshape(-1)
     pool.each(lambda a, b: _convert(flat[a:b], out[a:b]), threads.parts(len(flat), GRAIN))
 
 
 def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A float32 or bfloat16 array converted to the other of these dtypes, in the same memory order; the array itself if
-    it already has this dtype."""
+    """Convert an array between float32 and bfloat16, keeping its memory order. Returns the array itself if it already
+    has this dtype."""
     if x.dtype == dtype:
         return x
     if x.flags.f_contiguous and not x.flags.c_contiguous:
@@ -91,5 +91,5 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def as_float32(x: np.ndarray) -> np.ndarray:
-    """A bfloat16 array as float32; others unchanged."""
+    """Convert a bfloat16 array to float32. Other arrays are returned unchanged."""
     return cast(x, np.dtype(np.float32)) if x.dtype == bfloat16 else x

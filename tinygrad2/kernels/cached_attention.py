@@ -1,8 +1,8 @@
-"""The two loops of attention from one query to a key-value cache, limited by memory bandwidth.
+"""The two loops of attention from one query to a key-value cache. Both are memory-bound.
 
-They are LLVM IR, like those of gemv.py: the compiler does not keep a head's query, or the sum of its values, in
-registers. Keys and values are float32 or bfloat16, a row of D numbers each; the sums are float32. (Rows are read in
-order, so the processor prefetches them; instructions to prefetch made it slower.)
+They are LLVM IR, like the loops of gemv.py, since the compiler does not keep a head's query, or the sum of its values,
+in registers. Keys and values are float32 or bfloat16, each a row of D elements; sums are float32. (Rows are read in
+order, so the processor prefetches them; explicit prefetch instructions made the loops slower.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from tinygrad2.kernels import pool
 from tinygrad2.kernels.gemv import LANES, at, fma, lane_sum, load, spread, vector_type
 
-GROUP = 4  # keys at a time: their scores are summed across lanes together
+GROUP = 4  # keys per pass, whose scores are summed across lanes together
 MAX_VECTORS = 8  # per row, limited by the registers
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(64)
@@ -35,7 +35,7 @@ def _row(builder: ir.IRBuilder, rows: ir.Value, j: ir.Value, D: int, bits: int) 
 
 
 def _dot(builder: ir.IRBuilder, a: list[ir.Value], b: list[ir.Value]) -> ir.Value:
-    """The sum of the products of two rows, still spread over the lanes."""
+    """The dot product of two rows, as partial sums in the lanes of one vector."""
     result = builder.fmul(a[0], b[0])
     for x, y in zip(a[1:], b[1:], strict=True):
         result = fma(builder, x, y, result)
@@ -47,7 +47,7 @@ def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, order: list[int]) 
 
 
 def _totals(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """The sums of the lanes of GROUP vectors, as one vector of GROUP numbers: each step adds halves of two vectors."""
+    """The sum of each of GROUP vectors, as a vector of GROUP numbers. Each step adds the halves of two vectors."""
     width = LANES
     while len(vectors) > 1:
         width //= 2
@@ -73,7 +73,7 @@ def scores(
     n: types.Type,
     out: types.Type,
 ) -> pool.Intrinsic:
-    """out[j] = the sum of query[d] keys[j, d] over d, for j < n: query and out float32; by their addresses."""
+    """out[j] = sum of query[d] keys[j, d] over d, for j < n. Arrays are given by address; query and out are float32."""
     width, size = bits.literal_value, D.literal_value
 
     def generate(
@@ -104,7 +104,7 @@ def weighted_sum(
     n: types.Type,
     out: types.Type,
 ) -> pool.Intrinsic:
-    """out[d] = the sum of weights[j] values[j, d] over j < n: weights and out float32; by their addresses."""
+    """out[d] = sum of weights[j] values[j, d] over j < n. Arrays are given by address; weights and out are float32."""
     width, size = bits.literal_value, D.literal_value
 
     def generate(

@@ -1,10 +1,10 @@
-// Access to a matrix (N, C) by columns: each lane processes VEC adjacent columns, the eight warps of a block read every
-// eighth row of them, and the rows are distributed over gridDim.y blocks. Where the size of a row is not a multiple of
-// 16 bytes, a lane has one column. C is a constant (-DC).
+// Column-wise access to a matrix (N, C). Each lane processes VEC adjacent columns; the rows are distributed over the
+// eight warps of a block and over gridDim.y blocks. If the size of a row is not a multiple of 16 bytes, a lane
+// processes one column. C is a compile-time constant (-DC).
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N, WARPS = 8, WIDTH = 32 * VEC;
 
 constexpr int AHEAD = 4;   // loads that a lane issues before it uses the first
-constexpr int BLOCKS = 4;  // on a multiprocessor; the launcher makes as many as run at once
+constexpr int BLOCKS = 4;  // resident blocks per multiprocessor; the launcher creates no more than can run concurrently
 
 template <class T>
 using Vec = Pack<T, VEC>;
@@ -13,8 +13,8 @@ __device__ __forceinline__ int first_column() { return blockIdx.x * WIDTH + thre
 __device__ __forceinline__ int first_row() { return blockIdx.y * WARPS + threadIdx.x / 32; }
 __device__ __forceinline__ int row_step() { return gridDim.y * WARPS; }
 
-// The sums of the lanes' columns, added over the warps in order, to row blockIdx.y of partial (gridDim.y, C). Every
-// thread of the block calls it.
+// Add the lanes' column sums over the warps, in order, and write them to row blockIdx.y of partial (gridDim.y, C). All
+// threads of the block must call this function.
 __device__ __forceinline__ void store_partial(float* partial, const float (&sum)[VEC]) {
   __shared__ float sums[WARPS][WIDTH];
 #pragma unroll

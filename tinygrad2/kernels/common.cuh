@@ -1,6 +1,6 @@
-// Shared by all kernels; kernels/cuda.py pastes it in front of each source. REAL is the type of the activations: bf16
-// or float. The first functions are PTX; tests/stand_ins/cudasim/cudasim.h has their C++ equivalents, with which the
-// same sources run on a CPU.
+// Shared by all kernels; kernels/cuda.py inlines it into each source. REAL is the type of the activations, bf16 or
+// float. The first functions are PTX; tests/stand_ins/cudasim/cudasim.h provides C++ equivalents, so that the same
+// sources run on a CPU.
 #ifndef CUDASIM
 #include <cuda_bf16.h>
 #define DYN_SMEM(T, name)                                       \
@@ -10,8 +10,8 @@ __device__ __forceinline__ unsigned smem_addr(const void* p) { return (unsigned)
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void backoff() {}  // used in spin loops; not needed on a GPU
 #if __CUDA_ARCH__ >= 900
-// The same address in the shared memory of another block of a thread block cluster of SIZE. (Without volatile the
-// compiler may execute it in all lanes where only some need it, with ranks out of range.)
+// Map an address to the shared memory of another block in a thread block cluster of SIZE blocks. (Without volatile, the
+// compiler may execute the instruction in all lanes even if only some need it, with ranks out of range.)
 template <int SIZE, class T>
 __device__ __forceinline__ T* in_block(T* place, unsigned rank) {
   T* there;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 #endif
 #if __CUDA_ARCH__ >= 800
-// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+// Load four 8 x 8 matrices of 16-bit elements from shared memory. Lane l has the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -37,7 +37,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                : "r"(smem_addr(row))
                : "memory");
 }
-// d (16 x 8, f32) += a (16 x 16, bf16, by rows) b (16 x 8, bf16, by columns), on tensor cores.
+// d (16 x 8, f32) += a (16 x 16, bf16, row-major) b (16 x 8, bf16, column-major), on tensor cores.
 __device__ __forceinline__ void mma_bf16_16816(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -53,13 +53,13 @@ template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-// Both rounded to bfloat16, the first in the lower half.
+// Round two numbers to bfloat16 and pack them, the first in the lower half.
 __device__ __forceinline__ unsigned bf16_pair(float first, float second) {
   unsigned pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   return pair;
 }
-#else  // older GPUs have none of these instructions; they compute in float32
+#else  // older GPUs lack these instructions; they compute in float32
 __device__ __forceinline__ void cp_async16(void* d, const void* s, unsigned read = 16) {
   *(uint4*)d = read ? *(const uint4*)s : make_uint4(0, 0, 0, 0);
 }
@@ -91,8 +91,8 @@ __device__ __forceinline__ float from_f32<float>(float x) {
   return x;
 }
 
-// COUNT elements that are read and written in one access of up to 16 bytes, or in several of 16. bfloat16 elements stay
-// packed, two to a register, until one is used; for 16-bit members the compiler would use a register each.
+// COUNT elements that are read and written in one access of up to 16 bytes, or in several accesses of 16 bytes.
+// bfloat16 elements stay packed, two per register, until they are used; the compiler would use a register for each.
 template <class T, int COUNT = 16 / sizeof(T), bool PAIRS = sizeof(T) == 2 && COUNT % 2 == 0>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
   static constexpr int N = COUNT;
@@ -120,7 +120,7 @@ struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack<T, COUNT, t
   }
 };
 
-// The sum over a warp, the same bits in every lane.
+// The sum over a warp, bitwise the same in every lane.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
@@ -132,7 +132,7 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The sum over a block of WARPS warps, in its first warp. Before it is called again, the block must synchronize.
+// The sum over a block of WARPS warps, valid in the first warp. The block must synchronize before the next call.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float sums[WARPS];
@@ -142,7 +142,7 @@ __device__ __forceinline__ float block_sum(float v) {
   return threadIdx.x < 32 ? warp_sum(threadIdx.x < WARPS ? sums[threadIdx.x] : 0.f) : 0.f;
 }
 
-// Philox4x32-10, with the bits of tinygrad2/random.py: the four words of elements 4 group ... 4 group + 3.
+// Philox4x32-10, with the same bits as tinygrad2/random.py: the four words of elements 4 group ... 4 group + 3.
 struct PhiloxKey {
   unsigned seed_low, seed_high, site, step;
 };

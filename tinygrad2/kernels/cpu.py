@@ -1,15 +1,15 @@
-"""Fused kernels for NumPy arrays, compiled by Numba: faster versions of the functions of reference.py, with the same
+"""Fused kernels for NumPy arrays, compiled by Numba: faster versions of the functions in reference.py, with the same
 names and signatures.
 
-They are faster because they make fewer passes over memory: GELU in NumPy reads its array a dozen times; here it is
-read once. The formulas are those of reference.py; comments say where the arithmetic differs. Each function splits its
-rows into parts, one per thread (see threads.py). Sums over rows are partial sums of chunks of fixed size, added in
-order, so that they do not depend on the number of threads. A matrix product is split into parts that BLAS computes on
-one thread each.
+They are faster because they make fewer passes over memory: GELU in NumPy reads its array a dozen times, but the kernel
+reads it once. The formulas are those of reference.py; comments note where the arithmetic differs. Each function splits
+its rows into parts, one per thread (see threads.py). Sums over rows are computed as partial sums of fixed-size chunks,
+added in order, so that they do not depend on the number of threads. A matrix product is split into parts; BLAS computes
+each part on one thread.
 
-Arrays are float32, float64, or bfloat16, which compiled code converts to float32 when reading (see bfloat16.py).
-Activations, their gradients and the copies of the parameters may be bfloat16; statistics, sums and the gradients of
-parameters are then float32. oneDNN computes products of bfloat16 matrices if the processor has instructions for them;
+Arrays are float32, float64 or bfloat16; compiled code converts bfloat16 to float32 when reading (see bfloat16.py).
+Activations, their gradients and the copies of the parameters may be bfloat16. Statistics, sums and the gradients of
+parameters are then float32. oneDNN computes products of bfloat16 matrices if the processor has bfloat16 instructions;
 otherwise they are computed in float32 and rounded.
 """
 
@@ -41,7 +41,7 @@ from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
 def _compiled(function: F) -> F:
-    """Compile at the first call for each combination of argument types; cached on disk if possible."""
+    """Compile on the first call with each combination of argument types. The result is cached on disk if possible."""
     # The compiler may reorder sums to vectorize them, but may not assume that there are no NaNs or infinities.
     options: dict[str, Any] = {
         "nogil": True,
@@ -55,15 +55,15 @@ def _compiled(function: F) -> F:
 
 
 class _Notice(event.Listener):
-    """Prints once per process that compilation has started, since it takes seconds; not for functions cached on
-    disk."""
+    """Prints a notice, once per process, when compilation starts, since that takes seconds. Functions cached on disk
+    are not compiled."""
 
     said = False
 
     def on_start(self, compiling: event.Event) -> None:
         if not self.said and compiling.data["dispatcher"].py_func.__module__ == __name__:
             self.said = True
-            print("compiling kernels for this processor (the first time, 10 to 60 s) ...", file=sys.stderr, flush=True)
+            print("compiling kernels for this processor (first run only, 10 to 60 s) ...", file=sys.stderr, flush=True)
 
     def on_end(self, compiling: event.Event) -> None:
         pass
@@ -73,16 +73,16 @@ notice = _Notice()
 event.register("numba:compile", notice)
 
 F = TypeVar("F", bound=Callable)
-Library = tuple[int, bool]  # the address of a BLAS library's gemm, and whether its integers have 64 bits
+Library = tuple[int, bool]  # the address of a BLAS library's gemm, and whether its integers are 64-bit
 PhiloxKey = tuple[np.uint64, np.uint64, np.uint64, np.uint64]  # seed, site, step, threshold: see _dropout
-ROW_CHUNK = 64  # rows that are summed into one partial sum of a parameter's gradient
-FLAT = 1 << 15  # elements of a flat buffer that are processed at a time
+ROW_CHUNK = 64  # rows per partial sum of a parameter's gradient
+FLAT = 1 << 15  # elements of a flat buffer processed at a time
 GRAIN = 1 << 18  # minimum number of elements per thread
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# exp and the maximum of a row, in forms that the compiler vectorizes. (No annotations: Numba compares the parameters of
-# an overload with those of its implementation, annotations included.)
+# exp and the maximum of a row, written so that the compiler vectorizes them. (They have no annotations, because Numba
+# compares the parameters of an overload, including annotations, with those of its implementation.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -112,14 +112,14 @@ def _exp(x: float) -> float:
 
 @overload(_exp, inline="always")
 def _exp_overload(x):
-    """float32: e^x = 2^n e^r with n the nearest integer to x / ln 2, and e^r, |r| <= ln 2 / 2, by a polynomial (Cephes'
-    expf, with an error of 1e-7); float64: the library's."""
+    """float32: e^x = 2^n e^r, where n is the nearest integer to x / ln 2 and e^r, |r| <= ln 2 / 2, is approximated by a
+    polynomial (expf of the Cephes library, with a relative error of 1e-7). float64: math.exp."""
     if x != types.float32:
         return lambda x: math.exp(x)
     f = np.float32
 
     def exp32(x):
-        c = min(max(x, f(-87.3)), f(88.7))  # beyond these limits the result counts as 0 or infinity
+        c = min(max(x, f(-87.3)), f(88.7))  # float32 exp underflows or overflows beyond these limits
         n = np.floor(c * f(1.44269504) + f(0.5))
         r = c - n * f(0.693359375) + n * f(2.12194440e-4)  # ln 2 in two parts, so that n ln 2 is exact
         p = f(1.9875691500e-4) * r + f(1.3981999507e-3)
@@ -139,9 +139,9 @@ def _largest(row: np.ndarray, n: int) -> float:
 
 @overload(_largest)
 def _largest_overload(row, n):
-    """The maximum of row[:n]. For float32 and bfloat16 the bits are compared as integers, after flipping those of
-    negative numbers, which gives the same order: the compiler does not vectorize a maximum of floats, because of NaN.
-    NaN counts as the largest number (or, if its sign bit is set, as the smallest: then exp(row - largest) is NaN)."""
+    """The maximum of row[:n]. The compiler does not vectorize a maximum of floats, because of NaN. So float32 and
+    bfloat16 are compared as integers, after flipping the bits of negative numbers, which preserves their order. NaN
+    compares as the largest number or, if its sign bit is set, as the smallest; then exp(row - largest) is NaN."""
     if row.dtype not in (types.float32, types.uint16):
 
         def largest64(row, n):
@@ -164,12 +164,12 @@ def _largest_overload(row, n):
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """x as a contiguous matrix of rows."""
+    """x as a contiguous matrix."""
     return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
 
 
 def _row_parts(n: int, width: int) -> list[tuple[int, int]]:
-    """The rows 0 ... n-1 split among the threads, in whole chunks."""
+    """Split the rows 0 ... n-1 among the threads, at multiples of ROW_CHUNK."""
     chunks = -(-n // ROW_CHUNK)
     return [
         (a * ROW_CHUNK, min(b * ROW_CHUNK, n)) for a, b in threads.parts(chunks, max(1, GRAIN // (ROW_CHUNK * width)))
@@ -177,7 +177,7 @@ def _row_parts(n: int, width: int) -> list[tuple[int, int]]:
 
 
 def _partial(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros for the partial sums over the rows of a matrix, one row for each chunk."""
+    """Zeros for the partial sums over the rows of a matrix, one row per chunk."""
     return memory.zeros((-(-shape[0] // ROW_CHUNK), shape[1]), dtype)
 
 
@@ -205,7 +205,7 @@ def _gemm_with_integers_of(bits: int) -> Callable[..., None]:
         c: types.Type,
         ldc: types.Type,
     ) -> pool.Intrinsic:
-        """cblas_?gemm, called by its address, on the addresses of row-major matrices."""
+        """Call cblas_?gemm by its address, with the addresses of row-major matrices."""
         enum, size, place = types.int32, types.int64, types.intp
 
         def generate(
@@ -258,11 +258,11 @@ def _gemm(
         _gemm32(address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
 
-GEMM_FLOPS = 1 << 23  # minimum per thread for a matrix product: 50 microseconds
+GEMM_FLOPS = 1 << 23  # minimum FLOPs per thread of a matrix product; they take about 50 microseconds
 
 
 def _product_task() -> pool.CompiledTask:
-    """Compile the task of a matrix product, out (+)= a b: the rows start ... stop - 1 of out, or the columns."""
+    """Compile the task of a matrix product, out = a b or out += a b: rows or columns start ... stop - 1 of out."""
 
     def task(arguments: int, start: int, stop: int) -> None:
         words = carray(pool.pointer(arguments, np.int64(0)), (16,))
@@ -289,14 +289,14 @@ def _product_task() -> pool.CompiledTask:
     return pool.task(task)
 
 
-_product_tasks: list[pool.CompiledTask] = []  # one, compiled at the first use
+_product_tasks: list[pool.CompiledTask] = []  # at most one, compiled on first use
 
-SMALL_PRODUCT = 1 << 18  # multiplications; OpenBLAS computes products up to this size on one thread
+SMALL_PRODUCT = 1 << 18  # OpenBLAS computes products with up to this number of multiplications on one thread
 
 
 @_compiled
 def _small_product(address, wide, a, b, out, add):
-    """out = a @ b, or out += a @ b, on this thread. Returns False if BLAS cannot read or write them in place."""
+    """out = a @ b, or out += a @ b, on this thread. Returns False if BLAS cannot use the arrays in place."""
     size = out.itemsize
     (m, n), k = out.shape, a.shape[1]
     if a.strides[1] == size and a.strides[0] >= k * size:
@@ -321,8 +321,8 @@ def _small_product(address, wide, a, b, out, add):
 
 @functools.cache
 def _compiled_small_product() -> Callable[..., bool]:
-    """_small_product, compiled once for each dtype, for arrays of any memory layout: otherwise Numba would compile it
-    for each combination of layouts."""
+    """_small_product, compiled once per dtype, for arrays of any memory layout. Otherwise Numba would compile it for
+    each combination of layouts."""
     dispatcher: Any = _small_product
     for dtype in blas.chosen().calls:
         read, written = (types.Array(from_dtype(dtype), 2, "A", readonly=readonly) for readonly in (True, False))
@@ -332,8 +332,8 @@ def _compiled_small_product() -> Callable[..., bool]:
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread: its own
-    threads would compete for the cores that the pool's threads use."""
+    """out = a @ b, or out += a @ b, split along the longer axis of out. BLAS computes each part on one thread, since
+    its own threads would compete for cores with the pool's threads."""
     if a.dtype == bfloat16:
         _bfloat16_product(a, b, out, add)
         return
@@ -364,14 +364,14 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
         pool.each_compiled(_product_tasks[0], arguments, threads.parts(max(m, n), grain))
 
 
-BF16_ROWS = 16  # minimum number of rows of a part of a bfloat16 product
+BF16_ROWS = 16  # minimum number of rows per part of a bfloat16 product
 
 
 def _bfloat16_product(
     a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None
 ) -> None:
-    """out = a @ b, or out += a @ b, plus a bias for each row: a, b and bias bfloat16, out bfloat16 or float32. The sums
-    are float32, and are rounded once."""
+    """out = a @ b, or out += a @ b, with `bias` added to each row. a, b and bias are bfloat16; out is bfloat16 or
+    float32. Sums are float32, and are rounded once."""
     if onednn.library() is None:
         total = out if out.dtype == np.float32 else memory.empty(out.shape, np.float32)
         if bias is not None:
@@ -383,8 +383,8 @@ def _bfloat16_product(
     a, b = (x if blas.layout(x) else np.ascontiguousarray(x) for x in (a, b))
     bias = None if bias is None else np.ascontiguousarray(bias)
     (m, n), k = out.shape, a.shape[1]
-    # oneDNN uses another algorithm for a transposed matrix that is contiguous. Parts of it are not contiguous, so that
-    # the product in one part would have different bits. Therefore it is computed in two.
+    # oneDNN uses a different algorithm if a is the transpose of a contiguous matrix. A slice of it is not contiguous,
+    # so computing the product in one part would give different bits. Therefore there are always at least two parts.
     in_two = m >= 2 * BF16_ROWS and a.strides[1] == m * a.itemsize and m > 1
 
     def rows(start: int, stop: int) -> None:
@@ -407,13 +407,13 @@ def _sum_rows(x: np.ndarray, partial: np.ndarray, first: int) -> None:
 
 
 def _add_row_sum(x: np.ndarray, total: np.ndarray) -> None:
-    """total += the sum of the rows of x."""
+    """total += sum of the rows of x."""
     partial, rows = _partial(x.shape, sum_dtype(x.dtype)), bits(x)
     pool.each(lambda a, b: _sum_rows(rows[a:b], partial, a), _row_parts(*x.shape))
     total += row_sum(partial)
 
 
-GEMV_ROWS = 32  # with up to this many rows of x, the time of a product is that of reading the weights
+GEMV_ROWS = 32  # with at most this number of rows of x, a product takes as long as reading the weights
 
 
 def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -518,7 +518,7 @@ def _dropout(
     threshold: np.uint64,
     scale: np.floating,
 ) -> None:
-    """y = x m scale for the elements from `first` on of the global batch; a group of four shares one counter."""
+    """y = x * mask * scale, for elements of the global batch from index `first` on. Four elements share one counter."""
     n, zero = len(x), scale - scale
     group = first >> np.uint64(2)
     i = -np.int64(first & np.uint64(3))
@@ -723,9 +723,9 @@ def _attention(
     first_head: int, last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int,
     keep: np.floating,
 ) -> None:  # fmt: skip
-    """Heads first_head ... last_head - 1 of the batch's B H; q, k, v and o (B, H, T, D), lse (B, H, T).
+    """Attention for heads first_head ... last_head - 1 of the B H heads. q, k, v, o: (B, H, T, D); lse: (B, H, T).
 
-    Heads are read and written in place, as matrices with any row stride. The last query attends to the last key; if
+    Heads are read and written in place, as matrices with any row stride. The last query attends to the last key. If
     there are more keys than queries, the first keys belong to earlier tokens.
     """
     H, T, D = q.shape[1:]
@@ -763,7 +763,7 @@ def _attention(
 
 @_compiled
 def _exp_in_place(row: np.ndarray, n: int) -> float:
-    """Replace the first n numbers by their exponentials; returns the sum of these."""
+    """Replace row[:n] by its exponentials, and return their sum."""
     total = row.dtype.type(0)
     for j in range(n):
         row[j] = _exp(row[j])
@@ -777,11 +777,11 @@ def _attention_backward(
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
     scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
-    """The gradients, in blocks of rows from the last to the first: the last block attends to every key, so it writes
-    dk and dv, and the others add to them. With dropout, p is P M while dV is computed, and dp is dP M.
+    """Compute the gradients in blocks of rows, from the last to the first. The last block attends to every key, so it
+    writes dk and dv; the other blocks add to them. With dropout, p contains P M and dp contains dP M.
 
-    P = exp(S - lse), as long as its rows sum to 1. At scores of about 100 and more they do not, since lse is rounded;
-    then P is computed as in the forward pass."""
+    P = exp(S - lse) if its rows sum to 1. For scores above about 100 they do not, since lse is rounded; then P is
+    computed as in the forward pass."""
     H, T, D = q.shape[1:]
     R, ld = p.shape
     size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
@@ -886,7 +886,7 @@ def _attention_backward_bfloat16(
 
 
 def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int) -> None:
-    """task(first head, last head, blocks of scores) on the threads; a block is (rows of queries, keys)."""
+    """Call task(first head, last head, *score blocks) on the threads. A block has shape (rows of queries, keys)."""
     B, H, T, D = q.shape
     # With fewer rows the products are slower; with more rows, more of the computed scores are masked out.
     shape = (min(T, 128 if T >= 512 else 64), keys)
@@ -895,14 +895,14 @@ def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int)
         task(start, stop, *(memory.empty(shape, sum_dtype(q.dtype)) for _ in range(blocks)))
 
     flops = 2 * B * H * T * keys * D
-    with threads.blas_on_one_thread():  # even for one part: the products are too small for BLAS's threads
+    with threads.blas_on_one_thread():  # even for one part: the products are too small for multithreaded BLAS
         pool.each(part, threads.parts(B * H, max(1, B * H * ATTENTION_FLOPS // max(1, flops))))
 
 
 def _dropout_arguments(
     dtype: np.dtype, rate: float, key: random.Key | None
 ) -> tuple[bool, PhiloxKey, int, np.floating]:
-    """has_dropout, philox_key, first_sample, keep: the last arguments of the kernels."""
+    """The last arguments of the kernels: has_dropout, philox_key, first_sample, keep."""
     number = sum_dtype(dtype).type
     if key is None:
         zero = np.uint64(0)
@@ -911,7 +911,7 @@ def _dropout_arguments(
 
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple[np.ndarray, np.ndarray]:
-    """out (B, T, C) and lse (B, H, T) for queries (B, H, T, D) and at least as many keys and values."""
+    """Return out (B, T, C) and lse (B, H, T) for queries (B, H, T, D) and at least as many keys and values."""
     B, H, T, D = q.shape
     number = sum_dtype(q.dtype)
     out, lse = memory.empty((B, T, H * D), q.dtype), memory.empty((B, H, T), number)
@@ -963,13 +963,13 @@ def attention_backward(
     return dqkv
 
 
-CACHE_BLOCK = 512  # positions of a cache that a thread processes at a time, so that few heads suffice for many threads
-CACHE_GRAIN = 1 << 15  # minimum number of elements of the keys per thread
+CACHE_BLOCK = 512  # cache positions per unit of work, so that a few heads can be divided among many threads
+CACHE_GRAIN = 1 << 15  # minimum number of key elements per thread
 
 
 @_compiled
 def _exponentials(scores: np.ndarray, n: int, scale: np.floating) -> tuple[float, float]:
-    """Replace n scores s by exp(scale s - m), with m their maximum. Returns the sum of these, and m."""
+    """Replace the first n scores s by exp(scale s - m), where m is the maximum of scale s. Returns their sum, and m."""
     for j in range(n):
         scores[j] *= scale
     largest = _largest(scores, n)
@@ -981,8 +981,8 @@ def _exponentials(scores: np.ndarray, n: int, scale: np.floating) -> tuple[float
 
 @_compiled
 def _combine_blocks(partial: np.ndarray, out: np.ndarray) -> None:
-    """Attention (D,) from that to each block of a cache, (blocks, D + 2): the sum of the values, each times
-    w = exp(score - m), then the sum of w, then m, the block's largest score."""
+    """Combine the results for the blocks of a cache, (blocks, D + 2), into the attention output, (D,). Each row holds
+    the sum of the values weighted by w = exp(score - m), then the sum of w, then m, the block's largest score."""
     D = len(out)
     largest, total = partial[0, D + 1], partial.dtype.type(0)
     for i in range(1, len(partial)):
@@ -1001,8 +1001,8 @@ def _combine_blocks(partial: np.ndarray, out: np.ndarray) -> None:
 
 @functools.cache
 def cached_attention_tasks(bits: int, D: int) -> tuple[pool.CompiledTask, pool.CompiledTask]:
-    """Compile the two tasks of attention_cached for one more token of each text: parts start ... stop - 1 of its work.
-    Both have the arguments: the addresses of qkv (B, 3 C), cache, the results for each block (B, H, blocks, D + 2), and
+    """Compile the two tasks of attention_cached for one new token per text, for parts start ... stop - 1 of the work.
+    Both take the same arguments: the addresses of qkv (B, 3 C), cache, the results per block (B, H, blocks, D + 2), and
     out (B, C); then B, H, the capacity of the cache, the position of the token, and the number of parts."""
     zero = np.float32(0) if bits == 32 else np.uint16(0)
 
@@ -1061,7 +1061,7 @@ def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: in
     return out
 
 
-if not (blas.NUMPYS.calls or blas.chosen().calls):  # no BLAS library has a C interface: use the reference
+if not (blas.NUMPYS.calls or blas.chosen().calls):  # no BLAS library with a C interface: use the reference
     del attention_forward, attention_backward, attention_cached
 
 
@@ -1069,11 +1069,11 @@ if not (blas.NUMPYS.calls or blas.chosen().calls):  # no BLAS library has a C in
 # GELU
 # ---------------------------------------------------------------------------------------------------------------------
 
-# (1 + tanh z) / 2 = 1 / (1 + exp(-2 z)), so the tanh form is u s with s the logistic function of 2 z: one exponential,
-# and no loss of precision where tanh z is near -1.
+# (1 + tanh z) / 2 = 1 / (1 + exp(-2 z)), so the tanh form is u s, where s is the logistic function of 2 z. This takes
+# one exponential, and loses no precision where tanh z is near -1.
 _TWICE_SCALE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
-# Beyond this limit the result is exactly u or 0, and its slope 1 or 0; the powers of a larger u could overflow.
+# Beyond this limit the result is exactly u or 0, and its derivative 1 or 0. The powers of a larger u could overflow.
 _LIMIT = 40.0
 
 
@@ -1084,7 +1084,7 @@ def _gelu(x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             u = wide(x[i, j]) + bias[j]
-            u = -limit if -np.inf < u < -limit else u  # (-inf gives -inf, so that it is not hidden)
+            u = -limit if -np.inf < u < -limit else u  # (-inf stays -inf, so that it is not hidden)
             y[i, j] = narrow(u / (one + _exp(-c * u * (one + k * u * u))), y)
 
 
@@ -1138,8 +1138,8 @@ def gelu_backward(dy: np.ndarray, x: np.ndarray, bias: np.ndarray | None, dbias:
 
 @_compiled
 def _cross_entropy_rows(logits, targets, picked, log_total):
-    """picked is each row's target logit minus the largest logit. The caller computes the loss: here the compiler could
-    reorder the subtractions, which loses precision if all logits share a large offset."""
+    """Compute, per row, log_total and `picked`, the target logit minus the largest logit. The caller computes the loss,
+    since the compiler could reorder the subtractions here, losing precision if all logits share a large offset."""
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
@@ -1182,7 +1182,7 @@ def cross_entropy_backward(
 def _write_dlogits(
     logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray, dloss: Any, dlogits: np.ndarray
 ) -> None:
-    """cross_entropy_backward for rows of logits, into dlogits, which may be the same array."""
+    """Write the gradient of cross-entropy for rows of logits to dlogits, which may be the same array."""
     target, totals, read, written = targets.reshape(-1), log_total.reshape(-1), bits(logits), bits(dlogits)
     factor = log_total.dtype.type(dloss / target.size)
     pool.each(
@@ -1193,7 +1193,7 @@ def _write_dlogits(
 
 @_compiled
 def _cross_entropy(logits: np.ndarray, targets: np.ndarray, loss: np.ndarray, count: np.floating) -> None:
-    """Replace each row of logits by its gradient (softmax - onehot) / count; loss receives each row's loss."""
+    """Replace each row of logits by its gradient, (softmax - onehot) / count. `loss` receives the loss of each row."""
     V = logits.shape[1]
     for i in range(logits.shape[0]):
         row = logits[i]
@@ -1214,7 +1214,7 @@ def lm_head_forward(x: np.ndarray, weight: np.ndarray, targets: np.ndarray) -> t
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
     logits = memory.empty((len(rows), len(weight)), x.dtype)
     _matmul(rows, weight.astype(x.dtype, copy=False).T, logits)
-    if x.dtype == bfloat16:  # in two passes, so that exponentials are not rounded before they are divided by their sum
+    if x.dtype == bfloat16:  # in two passes, so that exponentials are not rounded before the division by their sum
         value, log_total = cross_entropy_forward(logits, target)
         _write_dlogits(logits, target, log_total, 1, logits)
         return value, logits
@@ -1256,7 +1256,7 @@ def lm_head_backward(
 def _square_chunks(x, sums, start, stop):
     smallest, largest = x.dtype.type(1e-30), x.dtype.type(3e38)
     for chunk in range(start, stop):
-        part = x[chunk * FLAT : (chunk + 1) * FLAT]  # (indices from 0 are known not to be negative)
+        part = x[chunk * FLAT : (chunk + 1) * FLAT]  # (the compiler knows that indices from 0 are not negative)
         total = x.dtype.type(0)
         for i in range(len(part)):
             total += part[i] * part[i]
@@ -1293,7 +1293,7 @@ def adamw_step(
     if np.isnan(scale):
         return
     factor, rate, count = float(scale), float(lr), float(step)
-    # The bias corrections are hoisted out of the loop, into the step size and the root.
+    # The bias corrections are hoisted out of the loop: they are folded into the step size and the square root.
     correction, root = 1 - beta1**count, (1 - beta2**count) ** -0.5
     numbers = (factor, rate / correction, beta1, beta2, eps, 1 - rate * weight_decay, root)
     scalars = [value.dtype.type(number) for number in numbers]
@@ -1301,7 +1301,7 @@ def adamw_step(
 
 
 def _by_chunks(function: Callable[..., None], *arrays: np.ndarray | None) -> None:
-    """Call an elementwise function on FLAT elements of flat arrays at a time: its temporary arrays stay in cache."""
+    """Call an elementwise function on FLAT elements at a time, so that its temporary arrays stay in cache."""
 
     def part(start: int, stop: int) -> None:
         for first in range(start, stop, FLAT):
@@ -1333,7 +1333,7 @@ def muon_momentum(grad: np.ndarray, buffer: np.ndarray, scale: np.ndarray, momen
 
 
 def orthogonalize(*matrices: np.ndarray) -> None:
-    """Orthogonalize each matrix on one thread, so that its result depends on nothing else."""
+    """Orthogonalize each matrix on one thread, so that its result does not depend on the number of threads."""
     n = max(1, min(threads.count(), len(matrices)))
     with threads.blas_on_one_thread():
         pool.each(lambda i, _: reference.orthogonalize(*matrices[i::n]), [(i, i + 1) for i in range(n)])
@@ -1361,7 +1361,7 @@ def muon_step(value: np.ndarray, direction: np.ndarray, scale: np.ndarray, lr: n
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of reference.py; bfloat16 arguments are converted to float32, and results rounded to bfloat16."""
+    """Wrap a function of reference.py: convert bfloat16 arguments to float32, and round its results to bfloat16."""
 
     @functools.wraps(function)
     def call(x: np.ndarray, *more: Any) -> Any:

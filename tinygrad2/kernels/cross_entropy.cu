@@ -1,14 +1,14 @@
 #include "common.cuh"
-// The loss of the LM head, and its gradient in place of the logits.
+// The loss of the LM head. The logits are overwritten by their gradient.
 //
-// Compiled with -DVOCAB (columns of the vocabulary), -DCOLUMNS (with padding: a multiple of 64, so that every row is
-// aligned to 16 bytes), -DTHREADS, and -DRESIDENT=1 where a row fits shared memory.
+// Compiled with -DVOCAB (the vocabulary size), -DCOLUMNS (the padded number of columns, a multiple of 64, so that every
+// row is aligned to 16 bytes), -DTHREADS, and -DRESIDENT=1 if a row fits in shared memory.
 
 using Vec = Pack<REAL>;
-constexpr int FULL = VOCAB / Vec::N;  // accesses; where VOCAB is not a multiple, the next one has padding
+constexpr int FULL = VOCAB / Vec::N;  // complete accesses; if VOCAB is not a multiple of N, the next one has padding
 constexpr int WARPS = THREADS / 32;
 constexpr float LOG2E = 1.44269504089f, LN2 = 0.69314718056f;
-constexpr float LOWEST = -3.402823466e38f;  // FLT_MAX, instead of -infinity, whose difference from itself is NaN
+constexpr float LOWEST = -3.402823466e38f;  // -FLT_MAX, since -infinity minus -infinity is NaN
 
 struct Logits {
   float v[Vec::N];
@@ -19,10 +19,10 @@ struct Logits {
   }
 };
 
-// exp(x - largest). The difference comes first: a product with log2(e) is rounded, at 10^10 by hundreds.
+// exp(x - largest). Subtract first: multiplying by log2(e) first would round each product, at 10^10 by hundreds.
 __device__ __forceinline__ float exp_difference(float x, float largest) { return exp2f((x - largest) * LOG2E); }
 
-// The sum of exp(x - largest), largest the greatest x so far.
+// A running sum of exp(x - largest), where largest is the maximum x so far.
 struct Softmax {
   float largest = LOWEST, total = 0.f;
 
@@ -44,13 +44,13 @@ struct Softmax {
   }
 };
 
-// losses[n] = ln(sum_v exp(x_v)) - x_target;  x_v = scale (softmax(x)_v - [v = target]), the padding becomes 0.
+// losses[n] = ln(sum_v exp(x_v)) - x_target;  x_v = scale (softmax(x)_v - [v = target]); the padding is set to 0.
 //
-// One block for each row. Resident: the row is read once, by asynchronous copies, which use no registers in flight;
-// each thread reads only what it copied. Two blocks fit a multiprocessor, so that one reads while the other computes.
-// Otherwise the row is read twice, the second time from the L2 cache if it is still there. THREADS is at most half of
-// the threads of a multiprocessor. N = 65536, V = 50304, bf16: 6.6 GB read, 6.6 GB written, 3.1 ms; meanwhile 2
-// exponentials per element, 1.9 ms of the special function units.
+// One block per row. If RESIDENT, the row is read once, by asynchronous copies, which occupy no registers while in
+// flight; each thread reads only what it copied. Two blocks fit on a multiprocessor, so one reads while the other
+// computes. Otherwise the row is read twice, the second time from the L2 cache if it is still there. THREADS is at most
+// half of a multiprocessor's threads. N = 65536, V = 50304, bf16: 6.6 GB read, 6.6 GB written, 3.1 ms; in parallel, 2
+// exponentials per element take 1.9 ms on the special function units.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long long* __restrict__ targets,
               float scale) {
@@ -71,7 +71,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
 #else
   Vec* kept = row;
 #endif
-  int target = (int)targets[blockIdx.x];  // after the copies, since its use waits for the load
+  int target = (int)targets[blockIdx.x];  // after the copies are issued, since its use waits for the load
   if (threadIdx.x == THREADS - 1) picked = f32(x[target]);
 #if RESIDENT
   cp_async_wait<1>();
@@ -91,7 +91,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
   __syncthreads();
   s.largest = lane < WARPS ? warp_largest[lane] : LOWEST;
   s.total = lane < WARPS ? warp_total[lane] : 0.f;
-  s.add_lanes();  // in every warp, with the same bits
+  s.add_lanes();  // every warp computes the same bits
   if (threadIdx.x == 0) losses[blockIdx.x] = log2f(s.total) * LN2 - (picked - s.largest);
 
   float factor = scale / s.total;
@@ -108,7 +108,7 @@ cross_entropy(REAL* __restrict__ logits, float* __restrict__ losses, const long 
   if (target / Vec::N % THREADS == threadIdx.x) x[target] = from_f32<REAL>(gradient(picked) - scale);  // overwrites it
 }
 
-// loss = the mean of the rows' losses, added in a fixed order by one block of 1024 threads: 0.3 MB, a few microseconds.
+// loss = mean of the rows' losses, added in a fixed order by one block of 1024 threads: 0.3 MB, a few microseconds.
 extern "C" __global__ void __launch_bounds__(1024)
 mean_loss(float* __restrict__ loss, const float* __restrict__ losses, int rows) {
   float sum = 0.f;

@@ -1,12 +1,12 @@
-"""Kernels for NVIDIA GPUs: one CUDA C++ file per group of operations, next to this file, launched from here.
+"""Launchers of the kernels for NVIDIA GPUs. There is one CUDA C++ file per group of operations, next to this file.
 
 Names and signatures are as in reference.py. Activations and weights are float32 or bfloat16; statistics, sums and
-parameter gradients are float32. The decorator `only_if` above a kernel says which arguments it supports; all others,
-such as float64, are passed to the function of the same name in reference.py, on CuPy. No kernel adds with atomics, so
-two runs are bit-identical.
+parameter gradients are float32. The decorator `only_if` states which arguments a kernel supports. Other arguments, such
+as float64 arrays, are passed to the function of the same name in reference.py, on CuPy. No kernel uses atomic addition,
+so two runs are bitwise identical.
 
-CuPy compiles the sources on first use (NVRTC, cached on disk) for the given shapes: sizes such as C or the head size
-are constants in the code (-DC=768).
+CuPy compiles the sources on first use (with NVRTC, cached on disk) for specific shapes: sizes such as C or the head
+size are compile-time constants (-DC=768).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinygrad2.kernels.gemm import Gemm
 from tinygrad2.kernels.token_runs import sort_tokens
 from tinygrad2.random import Key
 
-# The types that the kernels support, and their CUDA C++ names. (Keys are dtypes, since dtype.name takes microseconds.)
+# The dtypes that the kernels support, and their CUDA C++ names. (The keys are not names, since dtype.name is slow.)
 CPP_TYPES = {numpy.dtype(numpy.float32): "float", numpy.dtype(bfloat16): "bf16"}
 KEY_STRUCT = numpy.dtype([(word, "u4") for word in ("seed_low", "seed_high", "site", "step")])  # PhiloxKey
 FOLDER = Path(__file__).parent
@@ -40,13 +40,13 @@ Defines = dict[str, Any]  # compile-time constants of a kernel
 Arrays = tuple[Array, ...]
 DropoutArguments = tuple[Any, numpy.uint64, numpy.uint32, numpy.float32]
 BLOCK_ROWS = 64  # number of sorted rows of dy that one block of embedding_backward sums
-VOCABULARY_MULTIPLE = 64  # the number of logit columns is a multiple of this; the embeddings are padded with zero rows
-BLOCK_OVERHEAD = 2 << 10  # bytes of shared memory per block besides the dynamic part: 1 KB for CUDA, and static arrays
+VOCABULARY_MULTIPLE = 64  # the embeddings are padded with zero rows so that the logits have a multiple of 64 columns
+BLOCK_OVERHEAD = 2 << 10  # bytes of non-dynamic shared memory per block: 1 KB for CUDA, and static arrays
 
 
 def source(family: str | Path) -> str:
-    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers in this folder
-    are inlined, since CuPy's cache does not notice changes in included files."""
+    """The CUDA C++ source of a family of kernels (its file in this folder), or of another file. Headers from this
+    folder are inlined, since CuPy's cache does not notice changes in included files."""
     file = family if isinstance(family, Path) else FOLDER / f"{family}.cu"
 
     def paste(match: re.Match) -> str:
@@ -56,29 +56,29 @@ def source(family: str | Path) -> str:
 
 
 class Multiprocessor(NamedTuple):
-    """What the blocks on a multiprocessor share: bytes of shared memory, of which one block can use all but 1 KB, and
-    threads. While the threads of one block wait, another one computes: kernels are sized so that two fit."""
+    """The resources shared by the blocks on a multiprocessor: bytes of shared memory (one block can use all but 1 KB)
+    and threads. Kernels are sized so that two blocks fit, since one can compute while the threads of the other wait."""
 
     shared_memory: int
     threads: int
 
     def runs_two(self, shared: int) -> bool:
-        """Whether the shared memory suffices for two blocks with so many bytes of dynamic shared memory."""
+        """Whether two blocks fit, each with this number of bytes of dynamic shared memory."""
         return 2 * (shared + BLOCK_OVERHEAD) <= self.shared_memory
 
     def largest_tile(self, rows: Iterable[int], shared: Callable[[int], int]) -> int:
-        """The first of several numbers of rows of a tile, in descending order, with which two blocks fit, else the
-        first. `shared` gives the bytes of dynamic shared memory for a number of rows."""
+        """The first of the candidate tile heights `rows`, in descending order, with which two blocks fit; if none does,
+        the first candidate. `shared` maps a number of rows to bytes of dynamic shared memory."""
         rows = list(rows)
         return next((n for n in rows if self.runs_two(shared(n))), rows[0])
 
 
 class AttentionSizes(NamedTuple):
-    """The sizes of an attention kernel, which are constants of its source.
+    """The sizes of an attention kernel, which are compile-time constants.
 
-    owned   rows of queries, or of keys, of a block.
-    stream  rows of the tiles that it reads one after the other.
-    chunk   of those, the rows that a warp processes at a time.
+    owned   queries (or keys) that a block owns.
+    stream  rows per streamed tile.
+    chunk   rows of a tile that a warp processes at a time.
     shared  bytes of dynamic shared memory.
     """
 
@@ -88,7 +88,7 @@ class AttentionSizes(NamedTuple):
     shared: int
 
     def constants(self, D: int, dropout: bool) -> Defines:
-        """What the source is compiled with."""
+        """The constants that the source is compiled with."""
         return {"D": D, "OWNED": self.owned, "STREAM": self.stream, "CHUNK": self.chunk, "DROPOUT": int(dropout)}
 
     @staticmethod
@@ -105,12 +105,12 @@ class AttentionSizes(NamedTuple):
     def backward(D: int, processor: Multiprocessor) -> dict[str, AttentionSizes]:
         """The sizes for each of the two kernels of the backward pass."""
         chunk = 32 if D <= 64 else 16  # limited by registers
-        # Two 16-row tiles per warp halve the reads of shared memory; beyond D = 64 they would not fit in the registers.
+        # Two 16-row tiles per warp halve the reads from shared memory. For D > 64 they would not fit in the registers.
         sizes = {"attention_backward_kv": (64, chunk), "attention_backward_q": (128, 16) if D == 64 else (64, chunk)}
 
         def of(owned: int, chunk: int) -> AttentionSizes:
             def shared(stream: int) -> int:
-                # Two owned tiles, and two stages of two streamed tiles with two statistics for each row.
+                # Two owned tiles, and two stages of two streamed tiles with two statistics per row.
                 return (2 * owned + 4 * stream) * (D + 8) * 2 + 4 * stream * 4
 
             streams = (64, 32, 16) if D < 128 else (32, 16)  # limited by registers
@@ -130,12 +130,12 @@ class LaunchConfig(ctypes.Structure):
 
 
 def driver() -> ctypes.CDLL:
-    """The library of the NVIDIA driver."""
+    """The NVIDIA driver library."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def ordering_event(cuda: Any, stream: Any = None) -> Any:
-    """A CUDA event recorded in a stream, the current one by default. It does not measure time, which would cost some.
+    """A CUDA event recorded in a stream, by default the current one. Timing is disabled, since it has a cost.
 
     cuda  the module cupy.cuda, or a stand-in.
     """
@@ -145,7 +145,7 @@ def ordering_event(cuda: Any, stream: Any = None) -> Any:
 
 
 def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: call the launcher if `supported`, called with the same arguments, returns true; else call the
+    """A decorator that calls the launcher if `supported` returns true for the same arguments, and otherwise the
     reference function of the same name."""
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,22 +163,22 @@ def only_if(supported: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 def cpp_type(dtype: DTypeLike) -> str | None:
-    """The CUDA C++ name of a type that the kernels support, or None."""
+    """The CUDA C++ name of a dtype, or None if the kernels do not support it."""
     return CPP_TYPES.get(numpy.dtype(dtype))
 
 
 def tensor_cores_take(head_size: int) -> bool:
-    """Whether attention can use tensor cores for this head size."""
+    """Whether attention with this head size can use tensor cores."""
     return head_size % 16 == 0 and head_size <= 128
 
 
 def _known(*arrays: Array) -> bool:
-    """Whether the kernels support the types of all of these arrays."""
+    """Whether the kernels support the dtypes of all these arrays."""
     return all(x.dtype in CPP_TYPES for x in arrays)
 
 
 def _one_known(*arrays: Array) -> bool:
-    """Whether these arrays have the same type, and the kernels support it."""
+    """Whether these arrays have the same dtype, and the kernels support it."""
     return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
@@ -187,24 +187,24 @@ def _on_tensor_cores(qkv: Array, n_head: int) -> bool:
 
 
 class CudaKernels:
-    """The overrides for one array library (CuPy, or a stand-in in the tests).
+    """The kernels for one array library (CuPy, or a stand-in in the tests).
 
     np         the array library.
-    reference  reference.py with that library, for arguments that no kernel here supports.
+    reference  the functions of reference.py with that library, for arguments that no kernel supports.
     """
 
     def __init__(self, np: Any, reference: Any):
         self._np = np
         self._reference = reference
         self._functions: dict[tuple[Hashable, ...], Kernel] = {}
-        self._alone = threading.Lock()  # for launch_alone
+        self._alone = threading.Lock()  # used by launch_alone
         self._last_stream: Any = None
         self.gemm: Callable[..., Array] = Gemm(np)
 
     def in_tf32(self, reference: Any) -> CudaKernels:
         """The same launchers with float32 matrix products in TF32.
 
-        reference  the functions of reference.py with such products.
+        reference  the functions of reference.py with TF32 products.
         """
         other = copy.copy(self)
         other._reference, other.gemm = reference, functools.partial(self.gemm, tf32=True)
@@ -213,10 +213,10 @@ class CudaKernels:
     def function(
         self, family: str | Path, name: str, *, shared: int = 0, cooperative: bool = False, **defines: Any
     ) -> Kernel:
-        """A kernel, compiled with these constants when first used.
+        """A kernel, compiled with these constants on first use.
 
-        shared       bytes of dynamic shared memory that it will be launched with, if the constants determine them.
-        cooperative  launch it cooperatively: all of its blocks run at the same time, or none.
+        shared       bytes of dynamic shared memory per launch, if the constants determine them.
+        cooperative  enable cooperative launches, in which all blocks run at the same time.
         """
         key = (family, name, *defines.items())
         if key not in self._functions:
@@ -230,11 +230,11 @@ class CudaKernels:
         return self._functions[key]
 
     def launch_alone(self, function: Kernel, blocks: int, threads: int, arguments: Any, shared: int) -> None:
-        """Launch a cooperative kernel after the previous one has finished, whatever streams the two are in. Raises
-        ValueError if not all blocks can run at the same time: CuPy would launch fewer, with a warning."""
+        """Launch a cooperative kernel after the previous one has finished, even if they are in different streams.
+        Raises ValueError if the blocks cannot all run at the same time; CuPy would only warn, and launch fewer."""
         most = self.blocks_at_once(function, threads, shared)
         if blocks > most:
-            raise ValueError(f"a cooperative launch of {blocks} blocks; this GPU runs at most {most} at the same time")
+            raise ValueError(f"cannot launch {blocks} cooperative blocks; this GPU can run {most} at the same time")
         with self._alone:
             stream = self._np.cuda.get_current_stream()
             if self._last_stream not in (None, stream):
@@ -243,7 +243,7 @@ class CudaKernels:
             function((blocks,), (threads,), arguments, shared_mem=shared)
 
     def blocks_at_once(self, function: Any, threads: int, shared: int) -> int:
-        """How many blocks of a kernel run at the same time."""
+        """The number of blocks of a kernel that can run concurrently."""
         each = self._np.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(function.kernel.ptr, threads, shared)
         return each * self.properties["multiProcessorCount"]
 
@@ -272,7 +272,7 @@ class CudaKernels:
         )
 
     def _packed(self, x: Array) -> Array:
-        """x, or a copy if x is not contiguous and aligned to 16 bytes, as the kernels require."""
+        """x, or a copy of it if x is not contiguous and aligned to 16 bytes, which the kernels require."""
         x = self._np.ascontiguousarray(x)
         return x.copy() if x.data.ptr % 16 else x
 
@@ -297,7 +297,7 @@ class CudaKernels:
     # Sums of columns --------------------------------------------------------------------------------------------------
 
     def column_sums(self, rows: Array, into: Array) -> None:
-        """into (C,) float32 += the sum over the rows of a matrix (N, C), in a fixed order."""
+        """into += the column sums of a matrix (N, C), added in a fixed order. `into` is (C,), float32."""
         np = self._np
         rows = self._packed(rows)
         grid, count = _column_grid(rows)
@@ -307,7 +307,7 @@ class CudaKernels:
         self.add_partials(partials, into)
 
     def add_partials(self, partials: Array, *targets: Array | None) -> None:
-        """Each target (C,) += the sum of its partials over their rows; partials (targets, parts, C)."""
+        """Add partials (targets, parts, C), summed over the parts, to the targets, each (C,)."""
         wanted = [i for i, target in enumerate(targets) if target is not None]
         if not wanted:
             return
@@ -320,9 +320,8 @@ class CudaKernels:
     # Embedding --------------------------------------------------------------------------------------------------------
 
     def _access(self, C: int, *arrays: Array) -> int:
-        """The number of elements of the first array per access: 16 bytes if all rows are aligned, else 1 element.
-
-        A parameter may begin at any address in the arena.
+        """The number of elements of the first array per access: 16 bytes if all rows are aligned, otherwise 1 element.
+        (A parameter may start at any address in the arena.)
         """
         count = 16 // arrays[0].dtype.itemsize
         return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
@@ -358,7 +357,7 @@ class CudaKernels:
         if dwte is not None:
             chunks = -(-rows // BLOCK_ROWS)
             partial = self._np.empty((chunks, 2, C), dtype=numpy.float32)
-            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # without waiting for the device
+            order, ordered = self._np.asarray(numpy.stack(sort_tokens(tokens)))  # does not wait for the device
             where = ordered, numpy.int32(rows)
             launch("embedding_backward", chunks, dwte, partial, dy, order, *where)
             if chunks > 1:
@@ -423,7 +422,7 @@ class CudaKernels:
         np, x = self._np, inputs[0]
         C = x.shape[-1]
         rows = x.size // C
-        results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, after the sum if there is one
+        results = [np.empty(x.shape, dtype=x.dtype) for _ in inputs]  # y, or s and y
         mean, rstd = (np.empty((*x.shape[:-1], 1), dtype=np.float32) for _ in range(2))
         arrays = [*map(self._packed, inputs), self._float32(weight), self._float32(bias)]
         function = self.function("layernorm", name, shared=8 * C, REAL=CPP_TYPES[x.dtype], C=C)
@@ -485,7 +484,7 @@ class CudaKernels:
 
     @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
-        """Attention of one new token, limited by reading the cache. In bfloat16, prompts use attention_forward."""
+        """Attention of one new token, limited by the time to read the cache. bfloat16 prompts use attention_forward."""
         B, T, width = qkv.shape
         D = width // (3 * n_head)
         qkv, capacity = self._np.ascontiguousarray(qkv), cache.shape[3]
@@ -503,7 +502,7 @@ class CudaKernels:
 
     @staticmethod
     def _attention_dropout(rate: float, key: Key | None) -> DropoutArguments:
-        """The dropout arguments of a kernel: the key, the first sample, the threshold, the scale."""
+        """The dropout arguments of a kernel: the key, the first sample, the threshold and the scale."""
         if key is None:
             return numpy.zeros((), dtype=KEY_STRUCT)[()], numpy.uint64(0), numpy.uint32(0), numpy.float32(1)
         threshold, scale = numpy.uint32(min(round(rate * 2**32), 2**32 - 1)), numpy.float32(1 / (1 - rate))
@@ -513,9 +512,9 @@ class CudaKernels:
     def attention_backward(
         self, dout: Array, qkv: Array, out: Array, lse: Array, n_head: int, rate: float, key: Key | None
     ) -> Array:
-        """dqkv, on tensor cores, for bfloat16: one kernel for queries, and one for keys and values, without atomics.
+        """Compute dqkv on tensor cores, in bfloat16: one kernel for queries, and one for keys and values; no atomics.
 
-        As accurate as bfloat16 up to scores of 2^15 (see attention_backward.cu).
+        The error is below that of bfloat16 for scores up to 2^15 (see attention_backward.cu).
         """
         B, T, width = qkv.shape
         D = width // (3 * n_head)
@@ -525,7 +524,7 @@ class CudaKernels:
         dims, rows = (numpy.int32(T), numpy.int32(n_head)), B * T * n_head
         scale, dropout = numpy.float32(1 / math.sqrt(D)), self._attention_dropout(rate, key)
         sizes_of = AttentionSizes.backward(D, self.processor)
-        constants = sizes_of["attention_backward_kv"].constants(D, key is not None)  # the same compilation
+        constants = sizes_of["attention_backward_kv"].constants(D, key is not None)  # one compilation for both
         row_sums = self.function("attention_backward", "attention_delta", **constants)
         row_sums((-(-rows // 32),), (256,), (delta, dout, out, *dims, numpy.int32(rows)))
         for name, sizes in sizes_of.items():
@@ -579,7 +578,7 @@ class CudaKernels:
         return self.function("gelu", name, REAL=CPP_TYPES[x.dtype], C=x.shape[-1], **types)
 
     def _gelu_bias(self, x: Array, bias: Array | None) -> Array:
-        return x if bias is None else self._np.ascontiguousarray(bias)  # x stands for a pointer that is not read
+        return x if bias is None else self._np.ascontiguousarray(bias)  # without a bias, the pointer is not read
 
     # Cross-entropy, and the language-model head -----------------------------------------------------------------------
 
@@ -594,10 +593,10 @@ class CudaKernels:
         return x.astype(numpy.float32) if x.dtype == bfloat16 else x
 
     def _aligned_vocabulary(self, weight: Array, dtype: DTypeLike) -> Array:
-        """The embeddings (V, C), padded with zero rows to a multiple of VOCABULARY_MULTIPLE rows.
+        """Pad the embeddings (V, C) with zero rows to a multiple of VOCABULARY_MULTIPLE rows.
 
         GPT-2's V is 50257. In a matrix with 50257 columns, most rows would not be aligned to 16 bytes, and cuBLAS
-        would use its slowest kernels. The copy takes 0.04 ms, the products 25 ms.
+        would use its slowest kernels. The copy takes 0.04 ms; the products take 25 ms.
         """
         V, C = weight.shape
         width = -(-V // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -643,7 +642,7 @@ class CudaKernels:
             and (base.shape, base.strides) == ((len(rows), len(aligned)), dlogits.strides)
             and base.data.ptr == dlogits.data.ptr
         ):
-            dlogits = base  # from lm_head_forward; its padding is multiplied by zero rows
+            dlogits = base  # the padded buffer of lm_head_forward; its padding is multiplied by zero rows
         else:
             aligned = aligned[:V]
         return self.gemm(dlogits, aligned, np.empty(rows.shape, dtype=x.dtype), scale=dloss).reshape(x.shape)
@@ -673,12 +672,12 @@ class CudaKernels:
 
 
 THREADS = 256  # default number of threads per block
-PROCESSORS = 132  # as on an H200; a constant, so that sums have the same order and the same bits on every GPU
+PROCESSORS = 132  # as on an H200. It is a constant, so that sums have the same order and the same bits on every GPU.
 
 
 def cross_entropy_sizes(V: int, columns: int, itemsize: int, processor: Multiprocessor) -> dict[str, int]:
-    """THREADS and RESIDENT of cross_entropy.cu, for rows of V logits that are padded to a number of columns."""
-    warps = -(-V * itemsize // (16 * 32))  # with one access for each thread
+    """THREADS and RESIDENT of cross_entropy.cu, for rows of V logits padded to `columns`."""
+    warps = -(-V * itemsize // (16 * 32))  # with one access per thread
     threads = min(1024, processor.threads // 2 // 32 * 32, 32 * warps)
     return {"THREADS": threads, "RESIDENT": int(processor.runs_two(columns * itemsize))}
 
@@ -701,5 +700,5 @@ def _column_grid(x: Array) -> tuple[tuple[int, int], numpy.int32]:
 
 
 def _philox_key(key: Key) -> Any:
-    """A random.Key as a kernel argument. first_sample is passed separately, since its unit differs."""
+    """A random.Key as a kernel argument. first_sample is passed separately, since its unit depends on the kernel."""
     return numpy.array((key.seed & 0xFFFFFFFF, key.seed >> 32, key.site, key.step), dtype=KEY_STRUCT)[()]

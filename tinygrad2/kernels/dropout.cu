@@ -1,10 +1,10 @@
 #include "common.cuh"
 
-// y = x times 0 or `scale`, eight elements per thread. Element e = first + i of the global batch takes word e % 4 of
-// philox(e / 4) and is kept if that is at least `threshold` = rate 2^32, which may be 2^32. If element `first` is not
-// the first of its group of four words, eight elements span three groups; `offset` is first % 4.
-// Forward and backward are the same kernel. Reads and writes x once: 64 x 1024 x 768 in bfloat16 are 0.2 GB, 12.6M calls
-// of philox of about 60 instructions; floor 0.047 ms.
+// y = x times 0 or `scale`, eight elements per thread. Element e = first + i of the global batch uses word e % 4 of
+// philox(e / 4), and is kept if the word is at least `threshold` = rate * 2^32, which may be 2^32. If `first` is not a
+// multiple of 4, eight elements span three groups of four words; `offset` is first % 4.
+// The same kernel serves the forward and the backward pass. It reads x and writes y once: for 64 x 1024 x 768 elements
+// in bfloat16, 0.2 GB and 12.6M philox calls of about 60 instructions each; floor 0.047 ms.
 extern "C" __global__ void __launch_bounds__(256)
 dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey key, unsigned long long threshold,
         float scale) {
@@ -12,7 +12,7 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
   if (i >= n) return;
   constexpr int N = Pack<REAL>::N;
   const bool whole = i + 8 <= n && (unsigned long long)x % 16 == 0;
-  Pack<REAL> in[8 / N];  // in flight while the bits are drawn
+  Pack<REAL> in[8 / N];  // the loads are in flight while the random bits are computed
   if (whole)
 #pragma unroll
     for (int k = 0; k < 8 / N; k++) in[k] = *(const Pack<REAL>*)(x + i + k * N);
@@ -23,7 +23,7 @@ dropout(const REAL* x, REAL* y, unsigned long long first, long long n, PhiloxKey
   if (offset) {
     const uint4 c = philox(key, group + 2);
     word[8] = c.x, word[9] = c.y, word[10] = c.z, word[11] = c.w;
-    for (unsigned k = 0; k < offset; k++)  // (a variable index would put the words into local memory)
+    for (unsigned k = 0; k < offset; k++)  // (with a variable index, the compiler would put the words in local memory)
 #pragma unroll
       for (int j = 0; j < 11; j++) word[j] = word[j + 1];
   }

@@ -1,6 +1,6 @@
 #include "common.cuh"
-// The embedding of tokens and positions. Compiled with -DC, -DBLOCK_ROWS (below), -DPOSITIONS (0: without wpe), and
-// -DWIDTH, the elements of one access: 16 bytes, or 1 element where C or an address is not a multiple of that.
+// The embedding of tokens and positions. Compiled with -DC, -DBLOCK_ROWS (see below), -DPOSITIONS (0: without wpe) and
+// -DWIDTH, the number of elements per access: 16 bytes, or 1 element if a row or an address is not a multiple of that.
 
 template <class T>
 using Part = Pack<T, WIDTH>;
@@ -23,11 +23,11 @@ struct Sum {
 };
 
 // y[n] = wte[tokens[n]] + wpe[first_position + n % T].
-// N = 65536, C = 768, bf16: 0.1 GB read (rows that are used again come from the cache), 0.1 GB written, 0.05 ms.
+// N = 65536, C = 768, bf16: 0.1 GB read (rows that are reused come from the cache), 0.1 GB written, 0.05 ms.
 extern "C" __global__ void __launch_bounds__(256)
 embedding_forward(REAL* __restrict__ y, const REAL* __restrict__ wte, const REAL* __restrict__ wpe,
                   const long long* __restrict__ tokens, int rows, int T, int first_position) {
-  constexpr int PARTS = C / WIDTH;  // of a row
+  constexpr int PARTS = C / WIDTH;  // per row
   long long i = (long long)blockIdx.x * 256 + threadIdx.x;
   int row = (int)(i / PARTS), c = (int)(i % PARTS) * WIDTH;
   if (row >= rows) return;
@@ -42,15 +42,15 @@ embedding_forward(REAL* __restrict__ y, const REAL* __restrict__ wte, const REAL
   *(Part<REAL>*)(y + (size_t)row * C + c) = part;
 }
 
-// The gradient of wte. The rows of dy, sorted by token, are split into chunks of BLOCK_ROWS rows, whatever the lengths
-// of the runs of equal tokens, so that all blocks have the same work. A run inside one chunk is added to dwte directly.
-// The partial sums of a run that crosses a boundary are written to partial (chunks, 2, C): [0] of a run that began in
-// an earlier chunk, [1] of one that continues in a later chunk. Rows are added in their order.
+// The gradient of wte. The rows of dy, sorted by token, are split into chunks of BLOCK_ROWS rows, regardless of the
+// runs of equal tokens, so that all blocks have the same amount of work. The sum of a run within one chunk is added to
+// dwte directly. For a run that crosses a boundary, partial sums are written to partial (chunks, 2, C): index 0 for a
+// run that began in an earlier chunk, index 1 for a run that continues in a later chunk. Rows are added in order.
 constexpr int AHEAD = 8;  // rows that are loaded before the first is added
-constexpr int MAX_RUN = 1024;  // terms that are added sequentially; more would accumulate rounding errors
+constexpr int MAX_RUN = 1024;  // maximum number of terms added sequentially; more would accumulate rounding errors
 
-// dwte[t] += the sum of dy[order[i]] over the run of rows i with tokens[i] = t, for the runs inside a chunk.
-// N = 65536, C = 768, bf16: 0.1 GB read and, with 15,000 different tokens, 46 MB read and written: 0.05 ms.
+// dwte[t] += sum of dy[order[i]] over the run of rows i with tokens[i] = t, for runs within one chunk.
+// N = 65536, C = 768, bf16: 0.1 GB read and, with 15,000 distinct tokens, 46 MB read and written: 0.05 ms.
 extern "C" __global__ void __launch_bounds__(256)
 embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const REAL* __restrict__ dy,
                    const long long* __restrict__ order, const long long* __restrict__ tokens, int rows) {
@@ -83,8 +83,8 @@ embedding_backward(float* __restrict__ dwte, float* __restrict__ partial, const 
   if (continues_later) sum.store(began_earlier ? pieces : pieces + C);
 }
 
-// dwte[t] += the partial sums of the run, if any, that begins in this block's chunk and continues in the next one.
-// A token in all of 65536 rows has 1024 partial sums: 3 MB, read by one thread for each channel.
+// dwte[t] += sum of the partial sums of the run, if any, that begins in this block's chunk and continues in the next
+// one. If all 65536 rows have the same token, there are 1024 partial sums: 3 MB, read by one thread per channel.
 extern "C" __global__ void __launch_bounds__(256)
 embedding_backward_long(float* __restrict__ dwte, const float* __restrict__ partial,
                         const long long* __restrict__ tokens, int rows) {
@@ -116,7 +116,7 @@ embedding_backward_long(float* __restrict__ dwte, const float* __restrict__ part
   sum.add_to(dwte + token * C + c);
 }
 
-// dwpe[first_position + t] += the sum over the batch of dy[b, t].
+// dwpe[first_position + t] += sum of dy[b, t] over the batch.
 // B = 64, T = 1024, C = 768, bf16: 0.1 GB read, 0.02 ms.
 extern "C" __global__ void __launch_bounds__(256)
 embedding_backward_positions(float* __restrict__ dwpe, const REAL* __restrict__ dy, int B, int T, int first_position) {

@@ -1,8 +1,8 @@
 #include "common.cuh"
 #include "columns.cuh"
 #include "gelu.cuh"
-// GELU of u = x + bias, the tanh form and the exact one. BIAS is the type of the bias; without it there is none, and the
-// pointer is not read.
+// GELU of u = x + bias, in the tanh form and the exact form. BIAS is the type of the bias. If it is not defined, there
+// is no bias, and the pointer is not read.
 #ifdef BIAS
 __device__ __forceinline__ float bias_of(const BIAS* bias, int c) { return f32(bias[c]); }
 #else
@@ -74,22 +74,22 @@ gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __res
   forward<Tanh>(y, x, bias, rows);
 }
 
-// dx = dy (s + 2 u s (1 - s) sqrt(2 / pi) (1 + 3 * 0.044715 u^2)), s the logistic function above; the sums of its columns
-// go to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes per element in bf16, 20 FLOPs. At N = 65536, C = 3072:
-// 1.2 GB, 4 GFLOP, floor 0.28 ms.
+// dx = dy (s + 2 u s (1 - s) sqrt(2 / pi) (1 + 3 * 0.044715 u^2)), where s is the logistic function above. The column
+// sums of dx are written to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes per element in bf16, 20 FLOPs.
+// At N = 65536, C = 3072: 1.2 GB, 4 GFLOP, floor 0.28 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
               const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   backward<Tanh>(dx, partial, dy, x, bias, rows);
 }
 
-// y = u (1 + erf(u / sqrt(2))) / 2: bytes and floor as gelu_forward's, about 30 FLOPs.
+// y = u (1 + erf(u / sqrt(2))) / 2. Bytes and floor as for gelu_forward, about 30 FLOPs per element.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   forward<Exact>(y, x, bias, rows);
 }
 
-// dx = dy (Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)): bytes and floor as gelu_backward's, about 40 FLOPs.
+// dx = dy (Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)). Bytes and floor as for gelu_backward, about 40 FLOPs per element.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
                     const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {

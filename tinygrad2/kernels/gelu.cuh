@@ -1,9 +1,9 @@
 // GELU and its derivative, in the tanh form and the exact form.
 //
-// The tanh form without tanh: (1 + tanh v) / 2 is the logistic function of 2 v, 1 / (1 + e), e = exp(-2 v). Unlike
-// 1 + tanh it loses no digits where tanh is near -1, and it takes one exponential and one division of the special
-// function units. Overflow gives the correct limit: e = infinity gives 0. u^2 is limited, since infinity times 0 is NaN; at
-// the limit GELU is u or 0, and its slope 1 or 0.
+// The tanh form is computed without tanh: (1 + tanh v) / 2 is the logistic function of 2 v, 1 / (1 + e) with
+// e = exp(-2 v). Unlike 1 + tanh, it loses no precision where tanh is near -1, and it takes one exponential and one
+// division on the special function units. Overflow gives the correct limit: if e is infinite, the result is 0. u^2 is
+// clamped, since infinity times 0 is NaN; at the limit, GELU is u or 0, and its derivative 1 or 0.
 constexpr float SCALE = 0.7978845608028654f, CUBIC = 0.044715f;  // sqrt(2 / pi), and the factor of u^3
 __device__ __forceinline__ float limited_square(float u) { return fminf(u * u, 1e4f); }
 
@@ -18,7 +18,7 @@ struct Tanh {
   }
 };
 
-struct Exact {  // u Phi(u), Phi the normal distribution; the derivative is Phi + u phi
+struct Exact {  // u Phi(u), where Phi is the normal distribution function; the derivative is Phi + u phi
   static __device__ __forceinline__ float phi_integral(float u) { return 0.5f + 0.5f * erff(0.70710678118654752f * u); }
   static __device__ __forceinline__ float value(float u) { return u * phi_integral(u); }
   static __device__ __forceinline__ float slope(float u) {

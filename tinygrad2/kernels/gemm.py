@@ -1,11 +1,11 @@
 """Matrix products on NVIDIA GPUs, using cuBLASLt through its C interface.
 
-CuPy wraps only cuBLAS, and does not allow capturing its products into a graph. cuBLASLt can also add biases, and add
-bfloat16 products to a float32 gradient while the sums are still in registers.
+CuPy wraps only cuBLAS, whose products it cannot capture into a graph. cuBLASLt can also add biases, and accumulate
+bfloat16 products into a float32 gradient while the sums are still in registers.
 
 cuBLASLt uses column-major order. A row-major matrix is its own transpose in column-major order, so the row-major
-y = a b is computed as y^T = b^T a^T: a and b are exchanged, and nothing is copied. cuBLASLt's A is our b, and its
-rows are our columns.
+y = a b is computed as y^T = b^T a^T: a and b are swapped, and nothing is copied. cuBLASLt's A is our b, and its rows
+are our columns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 class Heuristic(ctypes.Structure):
-    """cublasLtMatmulHeuristicResult_t: an algorithm, and the workspace that it needs."""
+    """cublasLtMatmulHeuristicResult_t: an algorithm and its workspace size."""
 
     _fields_ = [
         ("algorithm", c_uint64 * 8), ("workspace", c_size_t), ("status", c_int), ("waves", c_float),
@@ -59,7 +59,7 @@ class Heuristic(ctypes.Structure):
 
 
 class MatmulPlan(NamedTuple):
-    """The arguments of a product for cuBLASLt, without the addresses."""
+    """cuBLASLt's arguments for a product, except the addresses."""
 
     operation: c_void_p
     a: c_void_p
@@ -79,8 +79,8 @@ class Matrix(NamedTuple):
 class Gemm:
     """Matrix products on one device. Plans are cached by shape.
 
-    Not thread-safe. Work is submitted to the current stream; each stream has its own workspace, without which two runs
-    could give different bits.
+    Not thread-safe. Work is submitted to the current stream. Each stream has its own workspace; with a shared one, two
+    runs could give different bits.
 
     np       CuPy, or a stand-in.
     library  the path of cuBLASLt; None searches for it when first used.
@@ -109,17 +109,18 @@ class Gemm:
         scale: Array | None = None,
         tf32: bool = False,
     ) -> Array:
-        """out = scale a b + bias, with a and b transposed if requested; summed in float32. Returns out.
+        """Compute out = scale a b + bias, accumulating in float32. Returns out.
 
-        a, b        2-D, both float32 or both bfloat16. Rows may be strided (columns of a wider matrix), and a
-                    transposed view is read in place; anything else is copied first.
-        out         2-D, row-major, float32 or the operands' type; None allocates one of the operands' type.
-        bias        one value per column, of out's type.
-        accumulate  compute out += scale a b + bias instead.
-        scale       one float32 on the device; the host does not wait for it.
-        tf32        round float32 operands to a 10-bit mantissa and multiply on tensor cores.
+        a, b         2-D, both float32 or both bfloat16. Rows may be strided (columns of a wider matrix), and a
+                     transposed view is read in place; any other layout is copied first.
+        out          2-D, row-major, float32 or the operands' dtype; None allocates an array of the operands' dtype.
+        transpose_a  use a^T in place of a, and likewise for b.
+        bias         one value per column, of out's dtype.
+        accumulate   compute out += scale a b + bias instead.
+        scale        one float32 on the device; the host does not wait for it.
+        tf32         round float32 operands to a 10-bit mantissa and multiply on tensor cores.
 
-        Raises ValueError for invalid arguments or if cuBLASLt is missing, RuntimeError if it fails.
+        Raises ValueError for invalid arguments or if cuBLASLt is missing, and RuntimeError if cuBLASLt fails.
         """
         a, transpose_a = self._row_major(a, transpose_a)
         b, transpose_b = self._row_major(b, transpose_b)
@@ -128,19 +129,19 @@ class Gemm:
         if out is None:
             out = self._np.empty((m, n), dtype=a.dtype)
         if k != inner or out.shape != (m, n):
-            raise ValueError(f"a product of ({m}, {k}) and ({inner}, {n}) into {out.shape}")
+            raise ValueError(f"cannot multiply ({m}, {k}) by ({inner}, {n}) into out of shape {out.shape}")
         if not (m and n and k):
-            raise ValueError(f"a product of ({m}, {k}) and ({k}, {n}) is empty")
+            raise ValueError(f"the product of ({m}, {k}) and ({k}, {n}) is empty; expected sizes of at least 1")
         types = tuple(x.dtype for x in (a, b, out))
         if types[0] != types[1] or types[0] not in DATA_TYPES or types[2] not in (FLOAT32, types[0]):
-            raise ValueError(f"no product of {types[0]} and {types[1]} into {types[2]}")
+            raise ValueError(f"cannot multiply {types[0]} by {types[1]} into {types[2]}")
         _check_bias(bias, out)
         if scale is not None and (scale.dtype != FLOAT32 or scale.size != 1):
-            raise ValueError(f"scale must be one float32, got {scale.shape} of {scale.dtype}")
+            raise ValueError(f"scale must be one float32, got {scale.dtype} of shape {scale.shape}")
 
         matrices = [self._matrix(x) for x in (b, a, out)]
         bias_address = 0 if bias is None else bias.data.ptr
-        # cuBLASLt's choice of algorithm depends on the alignment of the addresses, so that is part of the key.
+        # cuBLASLt's choice of algorithm depends on the alignment of the addresses, so alignments are part of the key.
         alignments = [_alignment(matrix.address) for matrix in matrices]
         key = (
             m, n, k, transpose_a, transpose_b, tf32, scale is None,
@@ -156,7 +157,7 @@ class Gemm:
 
         if scale is None:
             alpha, beta = ctypes.addressof(self._one), ctypes.addressof(self._one if accumulate else self._zero)
-        else:  # both factors are on the device
+        else:  # alpha and beta must both be on the device
             if self._device_scalars is None:
                 self._device_scalars = self._np.arange(2, dtype=numpy.float32)
             alpha, beta = scale.data.ptr, self._device_scalars.data.ptr + 4 * accumulate
@@ -174,9 +175,9 @@ class Gemm:
     # Operands
 
     def _row_major(self, x: Array, transposed: bool) -> tuple[Array, bool]:
-        """The same matrix in row-major order, and whether it must then be transposed."""
+        """Return the same matrix in row-major order, and whether the product must then transpose it."""
         if x.ndim != 2:
-            raise ValueError(f"a matrix has 2 axes, got shape {x.shape}")
+            raise ValueError(f"expected a matrix with 2 axes, got shape {x.shape}")
         if _row_stride(x):
             return x, transposed
         if _row_stride(x.T):
@@ -199,7 +200,7 @@ class Gemm:
         device_scalars: bool,
         tf32: bool,
     ) -> MatmulPlan:
-        """The product in cuBLASLt's terms, with the algorithm selected by its heuristic, without timing."""
+        """Return the plan of a product, with the algorithm that cuBLASLt's heuristic selects (nothing is timed)."""
         if not self._handle:
             self._library = _load(self._path)
             self._call("Create", byref(self._handle))
@@ -259,13 +260,13 @@ def _check_bias(bias: Array | None, out: Array) -> None:
     if bias is None:
         return
     if bias.dtype != out.dtype or bias.shape != out.shape[1:]:
-        raise ValueError(f"bias: {bias.shape} of {bias.dtype}, out: {out.shape} of {out.dtype}")
+        raise ValueError(f"bias is {bias.dtype} of shape {bias.shape}; expected {out.dtype} of shape {out.shape[1:]}")
     if bias.strides[0] != bias.itemsize and bias.size > 1:
         raise ValueError("bias must be contiguous")
 
 
 def _row_stride(x: Array) -> int:
-    """The number of elements from one row of a matrix to the next; 0 if it is not row-major."""
+    """The row stride of a matrix in elements; 0 if it is not row-major."""
     rows, columns = x.shape
     if columns > 1 and x.strides[1] != x.itemsize:
         return 0
@@ -281,7 +282,7 @@ def _alignment(address: int) -> int:
 
 
 def _load(path: str | None) -> ctypes.CDLL:
-    """cuBLASLt, from the wheels that CuPy depends on or from the system."""
+    """Load cuBLASLt, from the wheels that CuPy depends on or from the system."""
     for candidate in (path,) if path else (_in_wheels(), *LIBRARIES):
         if candidate is None:
             continue
@@ -292,7 +293,7 @@ def _load(path: str | None) -> ctypes.CDLL:
         for name, types in SIGNATURES.items():
             getattr(library, "cublasLt" + name).argtypes = types
         return library
-    raise ValueError(f"cuBLASLt was not found ({path or LIBRARIES[0]}); pip install 'cupy-cuda13x[ctk]' installs it")
+    raise ValueError(f"cuBLASLt was not found ({path or LIBRARIES[0]}); install it: pip install 'cupy-cuda13x[ctk]'")
 
 
 def _in_wheels() -> str | None:

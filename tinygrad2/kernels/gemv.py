@@ -1,12 +1,12 @@
-"""Products of a few rows with a large matrix, y += x w, limited by memory bandwidth: most of the work of generation.
+"""Products of a few rows with a large matrix, y += x w. They are memory-bound and take most of the time of generation.
 
-BLAS is optimized for matrices whose elements are used many times. Here each weight is read once, for all rows of x, so
-the time is the time to read w. Memory is read at its full rate only in the order of the addresses, so each thread reads
-a contiguous part of w: rows of a row-major matrix, whose sums over different rows are added at the end, and columns of
-a column-major one.
+BLAS is optimized for matrices whose elements are reused many times. Here each weight is read once, for all rows of x,
+so the run time is the time to read w. Only sequential reads reach the full memory bandwidth, so each thread reads a
+contiguous part of w: rows of a row-major matrix, whose partial sums are added in a second step, or columns of a
+column-major one.
 
 The two vectorized loops are LLVM IR, built with llvmlite, since the compiler does not generate them from plain loops.
-Weights are float32, or bfloat16 (the upper half of a float32), with half the bytes.
+Weights are float32 or bfloat16 (the upper half of a float32).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tinygrad2.kernels import pool
 from tinygrad2.kernels.bfloat16 import wide
 
 _WIDE = binding.get_host_cpu_features().get("avx512f", False)
-LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x at a time, limited by the registers
-VECTORS = 4  # of columns at a time, in a row-major w
-DEPTH, COLUMN_DEPTH = 8, 2  # rows of a row-major w, or columns of a column-major one, at a time
-CHUNKS = 4  # parts of the rows of a row-major w, whose sums are separate: few, since the sums are read and written too
+LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x per pass, limited by the registers
+VECTORS = 4  # vectors of columns per pass, for a row-major w
+DEPTH, COLUMN_DEPTH = 8, 2  # rows of a row-major w, or columns of a column-major one, per pass
+CHUNKS = 4  # parts of the rows of a row-major w with separate sums; more parts would write and read more sums
 PADDING = 16  # numbers between rows of sums: 4096 bytes apart, they would evict each other from the cache
 GRAIN = 1 << 16  # minimum number of weights per thread
 SUMS_GRAIN = 1 << 11  # minimum number of elements of y per thread, to add the sums
@@ -43,12 +43,12 @@ def vector_type() -> ir.VectorType:
 
 
 def at(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, size: int, kind: ir.Type) -> ir.Value:
-    """A pointer of type `kind` to element `index`, of `size` bytes each, from an address."""
+    """A pointer of type `kind` to element `index` of an array at an address, with elements of `size` bytes."""
     return builder.inttoptr(builder.add(address, builder.mul(index, _WORD(size))), kind.as_pointer())
 
 
 def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -> ir.Value:
-    """LANES weights, starting at an index, as a float32 vector."""
+    """LANES weights from `index` on, as a float32 vector."""
     if bits == 32:
         return builder.load(at(builder, address, index, 4, vector_type()), align=4)
     halves = builder.load(at(builder, address, index, 2, ir.VectorType(ir.IntType(16), LANES)), align=2)
@@ -69,7 +69,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value, nbytes: int) -> None:
 
 
 def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector with all elements equal to one number."""
+    """Broadcast a number to a vector."""
     undefined, first = ir.Constant(vector_type(), ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, order)
@@ -100,10 +100,10 @@ def _plain(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, j] += the sum over d < depth of x[r, d] w[d, j], for r < rows and j < n, a multiple of VECTORS LANES.
+    """y[r, j] += sum over d < depth of x[r, d] w[d, j], for r < rows and j < n; n is a multiple of VECTORS LANES.
 
-    Meanwhile the next `depth` rows of w are prefetched in the order of their addresses, since these are not read in
-    that order. (Single rows are read in order, and prefetched better by the processor itself.)
+    With several rows, the reads are not sequential, so the next `depth` rows of w are prefetched in the order of their
+    addresses. With one, the access is sequential, and the processor's own prefetcher does better.
     """
     size, width = bits // 8, VECTORS * LANES
     ahead = cgutils.alloca_once_value(builder, w)
@@ -153,9 +153,9 @@ def _transposed(
     ldy: ir.Value,
     n: ir.Value,
 ) -> None:
-    """y[r, d] += the sum over j < n, a multiple of LANES, of x[r, j] w[d, j], for r < rows and d < depth.
+    """y[r, d] += sum over j < n of x[r, j] w[d, j], for r < rows and d < depth; n is a multiple of LANES.
 
-    If there are several, the rows of w after the next `depth` are prefetched, as in _plain.
+    With several rows of w, the rows 2 depth ... 3 depth - 1 are prefetched, as in _plain.
     """
     zero = ir.Constant(vector_type(), [0.0] * LANES)
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(depth)] for _ in range(rows)]
@@ -191,7 +191,8 @@ def _multiply(
     ldy: types.Type,
     n: types.Type,
 ) -> pool.Intrinsic:
-    """Run the loop for the next min(left, ROWS) rows of x, where `left` rows remain. Returns the number of rows."""
+    """Run the loop for the next min(left, ROWS) rows of x, where `left` is the number of remaining rows. Returns the
+    number of rows processed."""
     loop = _transposed if transposed.literal_value else _plain
 
     def generate(
@@ -213,11 +214,11 @@ def _multiply(
 
 
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
-    """The task that reads a part of w. Its arguments are the addresses of x, w, y and sums (CHUNKS, M, N + PADDING),
-    then M, K and N. For a column-major w the part is columns start ... stop - 1, whose products are added to y. For a
-    row-major w each chunk of rows is divided into units of VECTORS LANES columns; the part is units start ... stop - 1
-    of all chunks, whose products are stored in `sums`, for _sums_task."""
-    # Numba's disk cache is keyed by the values of closure variables; only numbers are equal in other processes.
+    """Compile the task that reads a part of w. Its arguments: the addresses of x, w, y, and the partial sums (CHUNKS,
+    M, N + PADDING), then M, K, N. For a column-major w the part is columns start ... stop - 1, and their products are
+    added to y. The rows of a row-major w are divided into CHUNKS, and each chunk into units of VECTORS LANES columns.
+    The part is units start ... stop - 1 of all chunks; their products are the partial sums, for _sums_task."""
+    # Numba's disk cache is keyed by the values of closure variables. Only numbers compare equal across processes.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
     def rows_of_w(arguments: int, start: int, stop: int) -> None:
@@ -233,7 +234,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
             found[:, first:last] = 0
             k, end = min(chunk * rows, K), min((chunk + 1) * rows, K)
             while k < end:
-                depth = DEPTH if M > 1 and end - k >= DEPTH else 1  # for one row of x, in order of the addresses
+                depth = DEPTH if M > 1 and end - k >= DEPTH else 1  # one row of x: sequential reads
                 weights, y, m = w + size * (k * N + first), found.ctypes.data + 4 * first, 0
                 while m < M:
                     numbers, results = x + 4 * (m * K + k), y + 4 * m * ld
@@ -241,7 +242,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
                         m += _multiply(bits, False, 1, M - m, numbers, K, weights, N, results, ld, whole)
                     else:
                         m += _multiply(bits, False, DEPTH, M - m, numbers, K, weights, N, results, ld, whole)
-                for i in range(k, k + depth):  # the remainder at the edge
+                for i in range(k, k + depth):  # the columns after the last complete pass
                     for m in range(M):
                         for j in range(first + whole, last):
                             found[m, j] += xs[m, i] * wide(ws[i, j])
@@ -252,7 +253,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[4], a[5], a[6]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (N, K))
-        # Several columns of w at a time, so that each load from x serves them all, or one for one row of x.
+        # Process several columns of w per pass, so that each load from x is used for all; one if x has one row.
         whole, n = start if M == 1 else stop - (stop - start) % COLUMN_DEPTH, K // LANES * LANES
         for j in range(start, whole, COLUMN_DEPTH):
             m, weights = 0, w + size * j * K
@@ -272,7 +273,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
 
 @functools.cache
 def _sums_task() -> pool.CompiledTask:
-    """The task that adds the sums of the CHUNKS to columns start ... stop - 1 of y, with the arguments of _task."""
+    """Compile the task that adds the partial sums to columns start ... stop - 1 of y. Its arguments are _task's."""
 
     def add_sums(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (7,))
@@ -303,7 +304,7 @@ def add_product(x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
 
 
 def new_sums(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Memory for the sums of the tasks for x and weight, which may also be used by others in turn."""
+    """Memory for the partial sums of the tasks for x and weight. Other products of the same sizes may share it."""
     shape = (CHUNKS, len(x), weight.shape[1] + PADDING) if weight.flags.c_contiguous else (0,)
     return np.empty(shape, np.float32)
 
@@ -311,7 +312,7 @@ def new_sums(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def tasks(x: np.ndarray, weight: np.ndarray) -> list[tuple[pool.CompiledTask, list[tuple[int, int]]]]:
     """The tasks of add_product and their ranges; only the last writes to y, and its ranges are columns of y.
 
-    The parts of the threads begin at multiples of whole vectors, since the remainder is summed in another order.
+    Each thread's part begins at a multiple of a complete vector: the remainder is summed in a different order.
     """
     by_columns = not weight.flags.c_contiguous
     kind = (8 * weight.itemsize, by_columns)

@@ -1,21 +1,21 @@
 #include "common.cuh"
-// LayerNorm, and the residual addition in front of it. C is the number of channels (-DC).
+// LayerNorm, optionally fused with the preceding residual addition. C is the number of channels (-DC).
 //
-// A row is kept in the registers of ROW_WARPS warps, at most 24 channels per lane up to C = 6144, so that no array is
-// read twice; a block of WARPS warps has ROWS rows at a time, and a fixed number of blocks iterates over all rows.
-// Weight and bias are kept in shared memory, so that they need no alignment. Where rows are not a multiple of 16 bytes,
-// the same code reads channel by channel.
+// A row is kept in the registers of ROW_WARPS warps, with at most 24 channels per lane up to C = 6144, so no array is
+// read twice. A block of WARPS warps processes ROWS rows at a time, and a fixed number of blocks iterates over all
+// rows. Weight and bias are kept in shared memory, so they need no alignment. If the size of a row is not a multiple of
+// 16 bytes, the same code reads channel by channel.
 constexpr int VEC = C % Pack<REAL>::N ? 1 : Pack<REAL>::N;
 constexpr int WARPS = 8, ROW_WARPS = C <= 768 ? 1 : C <= 1536 ? 2 : C <= 3072 ? 4 : 8;
 constexpr int ROWS = WARPS / ROW_WARPS, LANES = 32 * ROW_WARPS;
 constexpr int PER_LANE = (C + LANES * VEC - 1) / (LANES * VEC);
-constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64: values whose squares overflow are multiplied by it
+constexpr float SMALL = 5.421010862427522e-20f;  // 2^-64, the scale for values whose squares overflow
 
 template <class T>
 using Vec = Pack<T, VEC>;
 
-// Each of N values summed over the lanes of a row, the same bits in every lane. Two consecutive calls need
-// different `slots`: only at the barrier of the second call have all warps read those of the first.
+// Sum each of N values over the lanes of a row; every lane gets the same bits. Two consecutive calls need different
+// `slots`, since warps may still be reading the slots of the first call until the barrier of the second call.
 template <int N>
 __device__ __forceinline__ void row_sums(float (&v)[N], float (&slots)[WARPS][N]) {
   int warp = threadIdx.x / 32, first = warp / ROW_WARPS * ROW_WARPS;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
     int row = first + threadIdx.x / LANES, end = row < rows ? C : 0;  // all threads reach the barriers
     size_t start = (size_t)row * C;
-    float total[1] = {}, squares[2] = {};  // sums of (x - mean)^2, and of its multiple by SMALL^2
+    float total[1] = {}, squares[2] = {};  // squares: sums of (x - mean)^2, and of its multiple by SMALL^2
     Vec<REAL> in[PER_LANE], more[PER_LANE];  // all loads are issued before the first is used
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
       if (ADD) {
 #pragma unroll
         for (int k = 0; k < VEC; k++) sum[k] = in[i][k] + more[i][k];
-        in[i] = Vec<REAL>(sum);  // rounded, as backward sees it
+        in[i] = Vec<REAL>(sum);  // rounded, as in the backward pass
         *(Vec<REAL>*)(s + start + c) = in[i];
       }
 #pragma unroll
@@ -97,7 +97,7 @@ __device__ __forceinline__ void forward(REAL* s, REAL* y, float* mean, float* rs
   }
 }
 
-// Blocks on a multiprocessor; the launcher makes as many as run at once.
+// Resident blocks per multiprocessor; the launcher creates no more blocks than can run concurrently.
 constexpr int FORWARD_BLOCKS = C > 6144 ? 1 : sizeof(REAL) == 2 ? 4 : 3;
 constexpr int BACKWARD_BLOCKS = C > 6144 || sizeof(REAL) > 2 ? 1 : 2;
 
@@ -118,12 +118,12 @@ add_layernorm_forward(REAL* __restrict__ s, REAL* __restrict__ y, float* __restr
   forward<true>(s, y, mean, rstd, x, delta, weight, bias, rows, eps);
 }
 
-// The sums of a lane's channels over the rows of the block, one group of warps after another, to a row of `partial`.
+// Add the channel sums of the lanes over the row groups of the block, in order, and write them to a row of `partial`.
 __device__ __forceinline__ void store_partial(float* partial, float* row, const float (&sum)[PER_LANE][VEC]) {
   int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int group = 0; group < ROWS; group++) {
-    __syncthreads();  // at first: the row's previous contents have been read; later: the previous group has added
+    __syncthreads();  // first, the old contents of `row` have been read; later, the previous group has added its sums
     if (threadIdx.x / LANES != group) continue;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -140,8 +140,8 @@ __device__ __forceinline__ void store_partial(float* partial, float* row, const 
 template <bool ADD>
 __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* ds, const REAL* dy, const REAL* x,
                                          const float* weight, const float* mean, const float* rstd, int rows) {
-  DYN_SMEM(float, gains);  // weight: C elements; later a row of sums
-  Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, in flight while the rest is computed; no registers are left
+  DYN_SMEM(float, gains);  // weight (C elements); reused at the end for a row of sums
+  Vec<REAL>* skips = (Vec<REAL>*)(gains + C);  // ds, copied asynchronously, since no registers are left
   __shared__ float slots[2][WARPS][2];
   for (int c = threadIdx.x; c < C; c += WARPS * 32) gains[c] = weight[c];
   __syncthreads();
@@ -176,7 +176,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
       }
     }
     row_sums(sums, slots[stage]);
-    if (ADD) cp_async_wait<0>();  // each lane reads what it copied
+    if (ADD) cp_async_wait<0>();  // no barrier: each lane reads only what it copied
     float g_mean = sums[0] * (1.f / C), gx_mean = sums[1] * (1.f / C);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -198,8 +198,9 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
   store_partial(partial + (size_t)gridDim.x * C, gains, dbias);
 }
 
-// With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)). A block's sums of dy xhat and of
-// dy go to its row of partial[0] and partial[1] (2, blocks, C); columns.cu adds them up. Two blocks share an SM in bf16.
+// With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)). A block writes its sums of
+// dy xhat and dy to its rows of partial[0] and partial[1] (2, blocks, C); columns.cu adds them. In bf16, two blocks
+// share a multiprocessor.
 // Reads dy and x, writes dx: 6 bytes per element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, floor
 // 0.070 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
@@ -209,7 +210,7 @@ layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REA
   backward<false>(dx, partial, nullptr, dy, x, weight, mean, rstd, rows);
 }
 
-// The same with the gradient of the sum, ds, added to dx: 8 bytes per element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
+// The same, plus ds, the gradient of the sum: 8 bytes per element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 add_layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ ds,
                        const REAL* __restrict__ dy, const REAL* __restrict__ x, const float* __restrict__ weight,

@@ -1,9 +1,9 @@
-"""Products of bfloat16 matrices with oneDNN, which uses the processor's instructions for them (AVX-512 BF16, AMX).
+"""Products of bfloat16 matrices with oneDNN, which uses the processor's bfloat16 instructions (AVX-512 BF16, AMX).
 
 A matrix product is a oneDNN primitive, compiled for the sizes and memory layouts of the matrices and shared by all
-threads. Each thread has its own stream, memory objects (which contain the addresses) and scratchpad. The threads are
-those of kernels/pool.py, so OpenMP is limited to one thread in each of them: with more, products would be slower, and
-their bits would depend on the number of threads. Source: oneDNN's C interface, version 3,
+threads. Each thread has its own stream, memory objects (which contain the addresses) and scratchpad. The threads come
+from kernels/pool.py, so OpenMP is limited to one thread in each of them. With more, products would be slower, and
+their results would depend on the number of threads. Source: oneDNN's C API, version 3,
 https://uxlfoundation.github.io/oneDNN
 
 The wheel `onednn-cpu-gomp` contains this library (54 MB) and has no dependencies; Intel's own, `onednn`, installs 2 GB.
@@ -26,7 +26,7 @@ from tinygrad2 import machine
 
 PACKAGE = "onednn-cpu-gomp"
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
-# The most recently used primitives that are kept: a training run has about 40, and texts of every length have new ones.
+# Maximum number of cached primitives. A training run needs about 40; each new text length adds more.
 KEPT = 256
 
 # Constants of dnnl_types.h and dnnl_common_types.h.
@@ -61,7 +61,7 @@ class _Argument(ctypes.Structure):
 
 
 class OneDnn:
-    """The loaded library. Each method is a function of its C interface, without the prefix dnnl_."""
+    """The loaded library. Its methods are the functions of its C API, without the prefix dnnl_."""
 
     def __init__(self, path: str):
         self.library = ctypes.CDLL(path)
@@ -82,7 +82,7 @@ class OneDnn:
         def __getattr__(self, name: str) -> Any: ...
 
     def new(self, function: str, *arguments: Any) -> ctypes.c_void_p:
-        """The object that this function creates. It is destroyed when Python releases the pointer that is returned."""
+        """Call a function that creates an object. The object is destroyed when the returned pointer is released."""
         result = _POINTER()
         getattr(self, function)(ctypes.byref(result), *arguments)
         kind = function.partition("_create")[0].removeprefix("matmul_")
@@ -105,7 +105,7 @@ def library() -> OneDnn | None:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why products of bfloat16 matrices are not computed by oneDNN; None if they are."""
+    """Why oneDNN does not compute products of bfloat16 matrices; None if it does."""
     if not machine.cpu_features().intersection(INSTRUCTIONS):
         return f"this processor has no instructions for bfloat16 ({' or '.join(INSTRUCTIONS)})"
     if _file() is None:
@@ -114,7 +114,7 @@ def unavailable_reason() -> str | None:
 
 
 def _file() -> Path | None:
-    """The file of the library, or None if it is not installed."""
+    """The path of the library, or None if it is not installed."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -128,8 +128,8 @@ _Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, 
 
 @functools.lru_cache(KEPT)
 def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None], int, ctypes.c_void_p]:
-    """The primitive of a product; the memory descriptors of source, weights, destination, bias and scratchpad; the
-    size of the scratchpad in bytes; and the owner of its descriptor."""
+    """Return the primitive of a product; the memory descriptors of source, weights, destination, bias and scratchpad;
+    the size of the scratchpad in bytes; and the object that owns the scratchpad's descriptor."""
     dnn = library()
     assert dnn is not None
     (m, n, k), strides, dtype, add, biased = key
@@ -152,7 +152,7 @@ def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None]
 
 
 class _Thread(threading.local):
-    """The state of one thread: its stream, its scratchpad, and the arguments of its products."""
+    """The state of one thread: its stream, its scratchpad and its cached products."""
 
     def __init__(self) -> None:
         dnn = library()
@@ -164,7 +164,8 @@ class _Thread(threading.local):
         self.plans: dict[_Key, tuple[Any, ...]] = {}
 
     def plan(self, key: _Key) -> tuple[Any, ...]:
-        """The primitive, the memory objects of source, weights, destination, bias and scratchpad, and all arguments."""
+        """Return the primitive, the memory objects of source, weights, destination, bias and scratchpad, the number of
+        arguments, and the arguments."""
         primitive, descriptions, size, _ = _primitive(key)
         if size > self.scratch.nbytes:
             self.scratch = np.empty(size, np.uint8)
@@ -182,10 +183,10 @@ _thread: _Thread | None = None  # created with the first product
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None) -> None:
-    """out = a b, or out += a b, plus a bias for every row, on the calling thread; sums are float32.
+    """out = a b, or out += a b, with `bias` added to every row, on the calling thread. Sums are float32.
 
-    a (m, k), b (k, n), bias (n,) bfloat16, out (m, n) bfloat16 or float32; each matrix with rows or columns that are
-    contiguous. Each element of out has the same bits however the rows are divided among calls.
+    a (m, k), b (k, n) and bias (n,) are bfloat16; out (m, n) is bfloat16 or float32. In each matrix, either the rows or
+    the columns must be contiguous. The result is bitwise the same however the rows are divided among calls.
     """
     global _thread
     here = _thread = _thread or _Thread()

@@ -1,7 +1,7 @@
 #include "common.cuh"
 
-// Four of n elements, from index i, in one access where the array is aligned and has all four; past the end they are 0.
-// The loops below read the elements in the same order whether or not an array begins at a multiple of 16 bytes.
+// Load elements i ... i + 3 of n, in one access if the array is aligned and contains all four. Elements past the end
+// are 0. The loops below read the elements in the same order whether or not the array is aligned.
 __device__ __forceinline__ Pack<float> load4(const float* p, long long i, long long n, bool aligned) {
   if (aligned && i + 4 <= n) return *(const Pack<float>*)(p + i);
   Pack<float> r;
@@ -22,10 +22,10 @@ __device__ __forceinline__ void store4(float* p, long long i, long long n, bool 
 
 __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long long)p % 16 == 0; }
 
-// partial[u][block] = the sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th chunk of 4096 elements.
+// partial[u][block] = sum of (x_i unit[u])^2 over the block's share of x: every gridDim-th chunk of 4096 elements.
 // One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
-// Each of a thread's four sums runs over every fourth element that it reads. The number of blocks is a function of n
-// alone: the same sum on every device.
+// Each of a thread's four sums covers every fourth element that the thread reads. The number of blocks depends only on
+// n, so the sum is the same on every device.
 // Reads 4 bytes per element: 124M elements are 0.50 GB, 1 GFLOP; floor 0.12 ms.
 constexpr int UNITS = 3;
 extern "C" __global__ void __launch_bounds__(256)
@@ -55,7 +55,7 @@ square_partials(const float* x, float* partial, long long n) {
   }
 }
 
-// total[u] = the sum of the partial sums of a unit, by one block for each. A few KB: the floor is the launch.
+// total[u] = sum of the partial sums of unit u; one block per unit. Reads a few KB: the launch takes most of the time.
 extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* partial, float* total, int count) {
   float sum = 0.0f;
   for (int i = threadIdx.x; i < count; i += 256) sum += partial[blockIdx.x * count + i];
@@ -67,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* part
 //   g = grad * scale;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
 //   value = value (1 - lr decay) - lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps).
 // Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
-// a difference from 1 would lose digits; for the same reason 1 - b is passed, as `rest`, and not b. Where scale is NaN,
-// nothing changes: that is how the optimizer skips a step whose gradients are not finite.
+// a subtraction from 1 would lose precision; for the same reason, 1 - b is passed (as `rest`) instead of b. If scale is
+// NaN, nothing changes: this is how the optimizer skips a step whose gradients are not finite.
 // Reads 16 bytes per element and writes 12: 124M elements are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* value, const float* grad, float* m, float* v, const float* grad_scale, const float* lr, const float* step,

@@ -1,11 +1,11 @@
 """The thread pool for computation on the CPU. Idle workers spin briefly before they sleep.
 
-Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels. An idle worker therefore spins for about
-a millisecond first: within a training step, or between two generated tokens, it starts immediately. A task is a Python
-function (`each`) or compiled code (`each_compiled`), which starts and ends without Python's global interpreter lock.
+Waking a sleeping thread takes 50 to 100 microseconds, as long as many kernels take. An idle worker therefore spins for
+about a millisecond first, so it starts immediately within a training step or between two generated tokens. A task is a
+Python function (see `each`) or compiled code (see `each_compiled`). Compiled code starts and ends without the GIL.
 
-While a task runs, BLAS is limited to the calling thread, since the threads of two pools would compete for the cores.
-Afterwards its number of threads is restored, so BLAS calls in other parts of the program are not affected.
+While a task runs, BLAS is limited to the calling thread, since two thread pools would compete for the cores.
+Afterwards its thread count is restored, so BLAS calls in other parts of the program are not affected.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from numba.extending import intrinsic
 
 from tinygrad2 import threads
 
-# A worker's slot in shared memory, in 64-bit words: first the words that the caller writes and, on another cache line,
-# those that the worker writes. A task is posted by incrementing TICKET; it is finished when DONE equals TICKET.
+# The layout of a worker's slot in shared memory, in 64-bit words. The caller writes the first five words; the worker
+# writes two words on another cache line. Incrementing TICKET posts a task; the task has finished when DONE == TICKET.
 TICKET, FUNCTION, ARGUMENTS, START, STOP = range(5)
 DONE, ASLEEP = 16, 17
 WORDS = 32
-PYTHON = 0  # the value of FUNCTION if the task is a Python function
+PYTHON = 0  # the value of FUNCTION for a Python function
 SPIN_SECONDS = 1e-3  # how long an idle worker spins before it sleeps
 
-Intrinsic = tuple[Signature, Callable[..., ir.Value]]  # the types, and a function that generates the LLVM IR
-CompiledTask = Any  # the result of numba.cfunc, with `address`, and `ctypes` to call it from Python
+Intrinsic = tuple[Signature, Callable[..., ir.Value]]  # the signature, and a function that generates LLVM IR
+CompiledTask = Any  # the result of numba.cfunc: `address`, and `ctypes` to call it from Python
 F = TypeVar("F", bound=Callable)
 
 
@@ -68,7 +68,7 @@ def _store(typing_context: Context, address: types.Type, value: types.Type) -> I
 
 @intrinsic
 def pointer(typing_context: Context, address: types.Type, like: types.Type) -> Intrinsic:
-    """Convert, in compiled code, an address to a pointer to values of the type of `like`."""
+    """Convert an address to a pointer to values of the type of `like`, in compiled code."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -79,7 +79,7 @@ def pointer(typing_context: Context, address: types.Type, like: types.Type) -> I
 
 
 def task(function: Callable[[int, int, int], None]) -> CompiledTask:
-    """Compile function(arguments, start, stop) for each_compiled. `arguments` is the address of 64-bit words."""
+    """Compile function(arguments, start, stop) for each_compiled. `arguments` is the address of an int64 array."""
     signature = types.void(types.int64, types.int64, types.int64)
     try:
         return cfunc(signature, cache=True)(function)
@@ -89,7 +89,7 @@ def task(function: Callable[[int, int, int], None]) -> CompiledTask:
 
 @intrinsic
 def _pause(typing_context: Context) -> Intrinsic:
-    """The processor's hint for spin loops: the other hardware thread of the core may use its execution units."""
+    """Emit the processor's spin-loop hint, which yields execution units to the core's other hardware thread."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -106,7 +106,7 @@ def _pause(typing_context: Context) -> Intrinsic:
 def call(
     typing_context: Context, function: types.Type, arguments_: types.Type, start: types.Type, stop: types.Type
 ) -> Intrinsic:
-    """Call function(arguments, start, stop) by its address."""
+    """Call function(arguments, start, stop), given the function's address."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
@@ -134,7 +134,7 @@ def _spin(count: int) -> None:
 
 @cache
 def _spins() -> int:
-    """The number of spin iterations that take SPIN_SECONDS. (The duration of a pause depends on the processor.)"""
+    """Return the number of spin iterations in SPIN_SECONDS. (The length of a pause depends on the processor.)"""
     _spin(1)
     spent = []
     for _ in range(10):  # use the minimum, since another thread may have held the lock or the core
@@ -146,10 +146,10 @@ def _spins() -> int:
 
 @compiled
 def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
-    """Run the compiled tasks posted to the slot at this address. Returns the ticket of a Python task, or 0 if
-    nothing was posted for max_spins iterations.
+    """Run compiled tasks as they are posted to the slot at this address. Returns the ticket if a Python task is
+    posted, or 0 if no task is posted for max_spins iterations.
 
-    finished  the ticket of the Python task that the worker has run, or 0. DONE is set here, without the GIL.
+    finished  the ticket of the Python task that the worker has just run, or 0. DONE is set here, without the GIL.
     """
     _store(slot + 8 * ASLEEP, 0)
     if finished:
@@ -178,7 +178,7 @@ def _run_tasks(slot: int, finished: int, max_spins: int) -> int:
 
 @compiled
 def _wait(slots: int, count: int, max_spins: int) -> bool:
-    """Spin until the first `count` workers have finished, at most max_spins times. Returns whether they have."""
+    """Spin until the first `count` workers have finished. Returns False if one takes more than max_spins iterations."""
     for worker in range(count):
         slot = slots + 8 * WORDS * worker
         spins = 0
@@ -200,7 +200,7 @@ def _post(slots: int, count: int) -> None:
 
 @compiled
 def _post_and_run(slots: int, count: int, function: int, arguments: int, start: int, stop: int, max_spins: int) -> bool:
-    """Post the tasks, compute the part start ... stop - 1 on the calling thread, then wait."""
+    """Post the tasks, compute the range start ... stop - 1 on the calling thread, then wait for the workers."""
     _post(slots, count)
     call(function, arguments, start, stop)
     return _wait(slots, count, max_spins)
@@ -208,10 +208,10 @@ def _post_and_run(slots: int, count: int, function: int, arguments: int, start: 
 
 @compiled
 def _run_steps(table: int, width: int, first: int, count: int, slots: int, concurrent: bool, max_spins: int) -> int:
-    """Run the steps first ... count - 1 of a table; see `table`. Returns count, or the number of the next step if the
-    workers have not finished the one before, and must be waited for; not if it is the last: then -count.
+    """Run steps first ... count - 1 of a table; see `table`. Returns count when all steps have finished. If the wait
+    for a step times out, returns the index of the next step, or -count after the last; the caller must then wait.
 
-    concurrent  whether the parts run on the workers; otherwise they run in order, on this thread."""
+    concurrent  whether the parts run on the workers; otherwise they run sequentially on this thread."""
     for step in range(first, count):
         row = table + 8 * width * step
         function, arguments, parts = _load(row), _load(row + 8), _load(row + 16)
@@ -232,7 +232,7 @@ def _run_steps(table: int, width: int, first: int, count: int, slots: int, concu
 
 
 class _Worker:
-    """A thread and its slot."""
+    """A worker thread and its slot."""
 
     def __init__(self, slot: np.ndarray):
         self.slot = slot
@@ -265,17 +265,17 @@ class _Worker:
             self.wake.release()
 
 
-_state = threading.local()  # the attribute `inside` says whether this thread is a worker
+_state = threading.local()  # `inside` is True on worker threads
 _busy = threading.Lock()  # workers compute for one caller at a time; other callers compute on their own threads
 _slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
 
 def _get_workers(count: int) -> list[_Worker]:
-    """The first `count` workers. If there are fewer, the pool is recreated and published at once.
+    """Return the first `count` workers. If the pool is smaller, it is replaced by a larger one.
 
-    If an interrupt came after a caller posted and before it waited, a task is still running. It is waited for here: a
-    task that is posted to a worker before it has finished would be lost, and its caller would wait forever.
+    If a caller was interrupted after posting a task and before waiting for it, the task may still be running. This
+    function waits for it: a task posted to a busy worker would be lost, and its caller would wait forever.
     """
     global _slots, _workers
     _wait_for(_workers)
@@ -301,8 +301,8 @@ def _stop_workers() -> None:
 
 @atexit.register
 def _close() -> None:
-    """Stop the pool at exit; later tasks run on the calling thread. If another thread, such as a daemon, is running a
-    task, it is not waited for, since it holds the lock."""
+    """Stop the pool at exit; later tasks run on the calling thread. If another thread, such as a daemon, is still
+    running a task, it holds the lock, and the pool is not stopped."""
     if _busy.acquire(timeout=1):
         _stop_workers()
 
@@ -320,8 +320,8 @@ if hasattr(os, "register_at_fork"):
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
     """Call task(start, stop) for every range in parallel, with the first range on the calling thread.
 
-    A nested call computes all ranges on its own thread. If parts raise errors, the first error is re-raised when all
-    parts have ended.
+    A nested call runs all ranges on its own thread. If parts raise errors, the first error is re-raised after all
+    parts have finished.
     """
     if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
         for start, stop in ranges:
@@ -349,7 +349,7 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
 
 
 def clear(array: np.ndarray) -> None:
-    """Fill a flat array with zeros, each thread a part of at least 1 MB."""
+    """Fill a flat array with zeros, at least 1 MB per thread."""
     each(lambda start, stop: array[start:stop].fill(0), threads.parts(len(array), (1 << 20) // array.itemsize))
 
 
@@ -375,7 +375,8 @@ def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tu
 
 
 def table(steps: list[tuple[int, np.ndarray, list[tuple[int, int]]]]) -> np.ndarray:
-    """Compiled tasks (address, arguments, ranges) for run_table, one row each. The arguments must be kept."""
+    """Return a table for run_table: one row per compiled task (address, arguments, ranges). The caller must keep the
+    arguments alive."""
     width = 3 + 2 * max(len(ranges) for _, _, ranges in steps)
     rows = np.zeros((len(steps), width), dtype=np.int64)
     for row, (address, arguments, ranges) in zip(rows, steps, strict=True):
@@ -385,7 +386,7 @@ def table(steps: list[tuple[int, np.ndarray, list[tuple[int, int]]]]) -> np.ndar
 
 
 def run_table(table: np.ndarray) -> None:
-    """Like `each_compiled` for one task after the other, without Python between them."""
+    """Run the tasks of a table one after another, each like `each_compiled`, without Python code in between."""
     place, width, count, spins = table.ctypes.data, table.shape[1], len(table), _spins()
     parts = int(table[:, 2].max())
     if parts == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
@@ -408,7 +409,7 @@ def run_table(table: np.ndarray) -> None:
 
 
 def _wait_for(workers: list[_Worker]) -> None:
-    """Wait until all workers have finished. Interrupts are raised later, since workers write to the caller's memory."""
+    """Wait until all workers have finished. Only then re-raise an interrupt: workers write to the caller's memory."""
     try:
         while not _wait(_slots.ctypes.data, len(workers), _spins()):
             for worker in workers:

@@ -1,7 +1,7 @@
-"""A sequence of kernels on fixed arrays, such as one token's way through a model, run by one compiled call.
+"""A sequence of kernels on fixed arrays, such as a model's forward pass for one token, run by a single compiled call.
 
-Between two kernels there is then no Python, which costs as much as reading several megabytes. The kernels are those of
-cpu.py, on float32 activations with few rows, so the results have the same bits.
+No Python code runs between two kernels; it would cost as much time as reading several megabytes. The kernels are those
+of cpu.py, for float32 activations with few rows, so the results are bitwise identical.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ GELU_GRAIN = 1 << 10  # minimum number of columns per thread
 
 @functools.cache
 def _layernorm_task(add: bool) -> pool.CompiledTask:
-    """The task of LayerNorm, on one thread. Its arguments are the addresses of x, delta, weight, bias, epsilon, y, mean
-    and 1 / standard deviation, then the shape of x; with `add`, first x += delta."""
+    """Compile the LayerNorm task, for one thread. Its arguments are the addresses of x, delta, weight, bias, epsilon,
+    y, mean and 1 / standard deviation, then the shape of x. With `add`, it first computes x += delta."""
 
     def task(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (10,))
@@ -39,8 +39,8 @@ def _layernorm_task(add: bool) -> pool.CompiledTask:
 
 @functools.cache
 def _linear_task() -> pool.CompiledTask:
-    """The task of y = x w + bias, for columns start ... stop - 1 of y. Its arguments are those of gemv.py's tasks, then
-    the address of the last of these, and that of the bias, or 0."""
+    """Compile the task y = x w + bias, for columns start ... stop - 1 of y. Its arguments are those of gemv.py's tasks,
+    then the address of the last of these tasks, then the address of the bias, or 0 for None."""
 
     def task(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (9,))
@@ -58,8 +58,8 @@ def _linear_task() -> pool.CompiledTask:
 
 @functools.cache
 def _gelu_task() -> pool.CompiledTask:
-    """The task of y = GELU(x + bias), for columns start ... stop - 1. Its arguments are the addresses of x, bias and y,
-    then the shape of x."""
+    """Compile the task y = GELU(x + bias), for columns start ... stop - 1. Its arguments are the addresses of x, bias
+    and y, then the shape of x."""
 
     def task(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (5,))
@@ -73,22 +73,22 @@ def _gelu_task() -> pool.CompiledTask:
 
 
 class Program:
-    """A sequence of operations: each method adds one, with the arrays that it reads and writes. `run` computes all.
+    """A sequence of operations. Each method appends one, with the arrays that it reads and writes; `run` executes all.
 
     Arrays are float32 and contiguous; activations have few rows (see supports). Matrices may also be bfloat16.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, list[tuple[int, int]]]] = []  # the address of a task, and its parts
+        self._steps: list[tuple[int, list[tuple[int, int]]]] = []  # the address of each task, and its parts
         self._arguments: list[np.ndarray] = []
-        self._kept: list[Any] = []  # arrays, which must stay at their addresses
+        self._kept: list[Any] = []  # references that keep the arrays alive
         self._sums: dict[tuple[int, ...], np.ndarray] = {}  # by the sizes of the product
         self._at_position: list[np.ndarray] = []  # arguments that contain the position
         self._table: np.ndarray | None = None
 
     @staticmethod
     def supports(rows: int, head_size: int) -> bool:
-        """Whether activations may have this number of rows, and attention heads of this size."""
+        """Whether programs support this number of rows and attention heads of this size."""
         return rows <= cpu.GEMV_ROWS and cached_attention.supports(head_size)
 
     def layernorm(
@@ -110,11 +110,11 @@ class Program:
         self._kept.append(bias)
 
     def gelu(self, x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
-        """y = GELU(x + bias), in the form with tanh."""
+        """y = GELU(x + bias), the tanh form."""
         self._add(_gelu_task(), (x, bias, y), x.shape, threads.parts(x.shape[1], GELU_GRAIN))
 
     def attention_cached(self, qkv: np.ndarray, cache: np.ndarray, n_head: int, out: np.ndarray) -> None:
-        """out = attention of one more token of each text, whose keys and values are added to the cache."""
+        """out = attention for one new token per text, whose keys and values are added to the cache."""
         B, capacity, D = len(qkv), cache.shape[3], cache.shape[4]
         partial = np.empty((B, n_head, -(-capacity // cpu.CACHE_BLOCK), D + 2), np.float32)
         parts = len(threads.parts(B * n_head * capacity, max(1, cpu.CACHE_GRAIN // D)))
@@ -135,7 +135,7 @@ class Program:
         return arguments
 
     def run(self, position: int) -> None:
-        """Compute all operations, for tokens at this position of their texts."""
+        """Execute all operations, for tokens at this position of their texts."""
         if self._table is None:
             steps = zip(self._steps, self._arguments, strict=True)
             self._table = pool.table([(address, arguments, ranges) for (address, ranges), arguments in steps])

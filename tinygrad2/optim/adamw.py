@@ -11,9 +11,9 @@ from tinygrad2.params import HasParameters, Parameter
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2). The math: `adamw_step` in reference.py.
+    """Adam with decoupled weight decay (arXiv:1711.05101, algorithm 2). For the math, see `adamw_step` in reference.py.
 
-    betas  decay rates of the running means of the gradient and its square;  eps  added to the root of the latter.
+    betas, eps  decay rates of the running means of the gradient and its square; a constant added to the latter's root.
     """
 
     def __init__(

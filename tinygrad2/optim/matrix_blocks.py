@@ -12,7 +12,7 @@ from tinygrad2.params import Bucket, HasParameters, ParameterArena
 
 @dataclass
 class Block:
-    """Columns first ... last - 1 of a matrix, which one rank computes, and their start in the shared buffer."""
+    """Columns first ... last - 1 of a matrix, the rank that computes them, and their offset in the results buffer."""
 
     name: str
     first: int
@@ -30,15 +30,15 @@ class Block:
         return matrix[:, self.first : self.last]
 
     def result(self, buffer: Array) -> Array:
-        """This block's part of the flat buffer of all results."""
+        """This block's part of the flat buffer that contains all results."""
         return buffer[self.start : self.start + self.size].reshape(self.rows, self.last - self.first)
 
 
 class MatrixBlocks:
-    """Blocks of columns of a model's matrices. Each is computed by one call on one rank, and an all-gather distributes
-    the results, so they are bit-identical on any number of ranks.
+    """Blocks of columns of a model's matrices. Each block is computed by one call on one rank, and an all-gather
+    distributes the results, so they are bitwise identical on any number of ranks.
 
-    matrices  the names of the matrices, and the number of blocks in each.
+    matrices  the number of blocks of each matrix, by name.
     """
 
     def __init__(self, model: HasParameters, matrices: Mapping[str, int], ranks: Comm):
@@ -58,7 +58,7 @@ class MatrixBlocks:
             blocks += [Block(name, first, first + width, rows) for first in range(0, columns, width)]
         blocks.sort(key=lambda block: -block.size * min(block.rows, block.last - block.first))
         lengths = [0] * ranks.size
-        for i, block in enumerate(blocks):  # most expensive first, assigned to the ranks in turn
+        for i, block in enumerate(blocks):  # assigned round-robin to the ranks, the most expensive first
             block.rank = i % ranks.size
             block.start = lengths[block.rank]
             lengths[block.rank] += block.size
@@ -70,10 +70,10 @@ class MatrixBlocks:
     def map(
         self, arena: ParameterArena, inputs: Callable[[Bucket], Array], function: Callable[..., None]
     ) -> Iterator[tuple[Array, Array]]:
-        """For each block, its values (a view) and its result.
+        """Yield each block's values (a view) and its result.
 
-        inputs    returns the flat array that the blocks of a bucket are computed from; all ranks call it.
-        function  replaces each of its arguments (the blocks of this rank) with the result.
+        inputs    returns the flat input array of a bucket; all ranks call it.
+        function  is called with the blocks of this rank, and replaces each by its result.
         """
         own = [block for block in self._blocks if block.rank == self._ranks.rank]
         names = {block.name for block in self._blocks}

@@ -12,14 +12,16 @@ from tinygrad2.params import Bucket, HasParameters
 
 
 class Muon(AdamW):
-    """Momentum orthogonalized by Newton-Schulz (Jordan et al. 2024). The math: `muon_momentum`, `orthogonalize` and
-    `muon_step` in reference.py. Embeddings, gains and biases are updated by AdamW, with the same lr: updates of both
-    kinds have the same size (arXiv:2502.16982).
+    """Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024). For the math, see `muon_momentum`,
+    `orthogonalize` and `muon_step` in reference.py. Embeddings, gains and biases are updated by AdamW. The lr is the
+    same, since both kinds of updates have the same size (arXiv:2502.16982).
 
-    matrices  names of the parameters that Muon updates: the weights (in, out) of hidden layers. The value is the number
-              of column blocks that are orthogonalized separately: 3 for queries, keys and values in one matrix, else 1.
-    momentum  decay rate of Muon's momentum;  betas, eps  as in AdamW.
-    ranks     the ranks that share the orthogonalization; see MatrixBlocks.
+    matrices    the parameters that Muon updates, by name: the weights (in, out) of hidden layers. The value is the
+                number of column blocks that are orthogonalized separately: 3 if a matrix contains queries, keys and
+                values, otherwise 1.
+    momentum    decay rate of Muon's momentum.
+    betas, eps  as in AdamW.
+    ranks       the ranks that share the orthogonalization; see MatrixBlocks.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Muon(AdamW):
         self.gather_values([bucket for bucket in self._arena.buckets if not self.matrices.keys() >= set(bucket.names)])
 
     def _momentum(self, bucket: Bucket, scale: Array) -> Array:
-        """Update the momentum of the matrices in a bucket; returns the Nesterov momentum of the whole bucket."""
+        """Update the momentum of the matrices in a bucket. Returns the Nesterov momentum of the entire bucket."""
         momentum = self._zeros(bucket.stop - bucket.start)
         for part in self.parts:
             start, stop = max(part.start, bucket.start), min(part.stop, bucket.stop)

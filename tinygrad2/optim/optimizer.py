@@ -1,4 +1,4 @@
-"""The base class of the optimizers: clipping, skipped steps, state, and its sharding over ranks."""
+"""The base class of the optimizers: gradient clipping, skipped steps, and state, which can be sharded over ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinygrad2.params import Bucket, HasParameters, Parameter, ParameterArena, P
 
 @dataclass
 class Part:
-    """Elements start ... stop - 1 of a region, which this rank updates, and their state arrays."""
+    """Elements start ... stop - 1 of a region, which this rank updates, and the state arrays of these elements."""
 
     region: Region
     start: int
@@ -42,13 +42,13 @@ class Optimizer(ABC):
     """Updates the parameters of a model. A subclass implements the update rule: `state_names` and `update`.
 
     model         a module, or an iterable of parameters such as `model.parameters()`.
-    lr            learning rate; it may be changed from step to step.
+    lr            learning rate; it may be changed between steps.
     weight_decay  applied to matrices (parameters with two or more axes), not to biases and gains.
-    shared_by     the ranks that shard the state: each stores the state of its share of every bucket and updates that
-                  share, and the ranks then gather the new values (ZeRO, stage 1: arXiv:1910.02054). All of them must
+    shared_by     the ranks that shard the state. Each rank stores the state of its share of every bucket and updates
+                  that share; the ranks then gather the new values (ZeRO stage 1, arXiv:1910.02054). All of them must
                   call `step`, `state` and `load_state`.
 
-    The state consists of flat arrays in the order of the model's arena.
+    The state consists of flat arrays in arena order.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Optimizer(ABC):
         self.model: HasParameters = cast(HasParameters, model) if is_module else ParameterList(cast(Any, model))
         self.lr, self.weight_decay, self.shared_by = lr, weight_decay, shared_by
         self._arena = self.model.arena()
-        self._steps = self._zeros(1)  # on the device, which decides whether a step is skipped
+        self._steps = self._zeros(1)  # on the device, where it is decided whether a step is skipped
         self.parts = [
             Part(region, start, stop, names, tuple(self._zeros(stop - start) for _ in names))
             for region, start, stop, names in self._runs()
@@ -115,14 +115,15 @@ class Optimizer(ABC):
 
     @property
     def kernels(self) -> Any:
+        """The functions that update arrays on the device of the parameters."""
         return self._arena.backend.kernels
 
     def _zeros(self, n: int) -> Array:
         return self._arena.backend.zeros((n,), self._arena.dtype)
 
     def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
-        """(region, start, stop, state names) of each part: whole regions, or this rank's shares of the buckets, split
-        where the names of the state change between parameters."""
+        """(region, start, stop, state names) of each part. Parts are the regions, or this rank's shares of the buckets,
+        split between parameters whose state names differ."""
         regions = [(region, 0, len(region.values)) for region in self._arena.regions]
         for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
             for names, members in groupby(region.where.items(), key=lambda item: self.state_names(item[0])):
@@ -137,6 +138,7 @@ class Optimizer(ABC):
             yield bucket.region, bucket.start + start, bucket.start + stop
 
     def decay_of(self, part: Part) -> float:
+        """The weight decay of a part: 0 for biases and gains."""
         return self.weight_decay if part.region.name == "decay" else 0.0
 
     def zero_grad(self) -> None:
@@ -145,7 +147,7 @@ class Optimizer(ABC):
 
     @property
     def steps(self) -> int:
-        """The number of steps so far, not counting skipped ones. Reading it waits for the device."""
+        """The number of steps so far, excluding skipped ones. Reading it waits for the device."""
         return int(self.arena.backend.to_host(self._steps)[0])
 
     @steps.setter
@@ -156,7 +158,7 @@ class Optimizer(ABC):
         """The Euclidean norm of all gradients together, as a 0-d array."""
         backend = self.arena.backend
         squares = [backend.kernels.squared_norm(part.grads) for part in self.parts]
-        with numpy.errstate(over="ignore"):  # norm() takes the sum that has not overflowed
+        with numpy.errstate(over="ignore"):  # norm() uses a sum that has not overflowed
             total = reduce(operator.add, squares or [self._zeros(3)])
         if self.shared_by is not None:
             if nccl := self.shared_by.nccl(backend):
@@ -168,13 +170,13 @@ class Optimizer(ABC):
         return backend.kernels.norm(total)
 
     def step(self, max_norm: float | None = None, loss: Array | float | None = None) -> Array:
-        """Update every parameter once; returns the norm of the gradients before clipping, a 0-d array.
+        """Update every parameter once. Returns the norm of the gradients before clipping, a 0-d array.
 
-        max_norm  scale the gradients down to this global norm if theirs is larger (arXiv:1211.5063). The scaling is
-                  part of the update; the gradients themselves are unchanged.
-        loss      the loss (a number or a 0-d array), to check that it is finite too.
-        If the norm or the loss is not finite, the step is skipped: no parameter and no state changes, and `steps` does
-        not count it. This is decided on the device, without waiting for the norm on the host.
+        max_norm  clip the gradients to this global norm (arXiv:1211.5063). The scaling is part of the update; the
+                  gradients themselves are not modified.
+        loss      the loss (a number or a 0-d array), which is then also checked to be finite.
+        If the norm or the loss is not finite, the step is skipped: parameters and state do not change, and `steps` does
+        not count it. This is decided on the device; the host does not wait for the norm.
         """
         if max_norm is not None:
             self._require_number("max_norm", max_norm, lambda value: True)
@@ -193,21 +195,21 @@ class Optimizer(ABC):
         return norm
 
     def update_all(self, scale: Array, lr: Array, step: Array) -> None:
-        """Update every part, and gather the values that other ranks have updated."""
+        """Update all parts, and gather the values that other ranks have updated."""
         for part in self.parts:
             self.update(part, scale, lr, step)
         self.gather_values(self._arena.buckets)
 
     def gather_values(self, buckets: list[Bucket]) -> None:
-        """If the state is sharded, copy the values in these buckets that other ranks have updated."""
+        """If the state is sharded, get the values in these buckets that other ranks have updated."""
         if self.shared_by is not None:
             values = [(bucket.region.values[bucket.start : bucket.stop], bucket.staging) for bucket in buckets]
             all_gather(self.shared_by, self._arena.backend, values)
 
     def state(self) -> dict[str, numpy.ndarray]:
-        """The state by parameter name, such as `exp_avg.NAME`, on the host; without `steps`.
+        """The state arrays on the host, by name, such as `exp_avg.NAME`. `steps` is not included.
 
-        If it is sharded, rank 0 gets all of it, and the other ranks get an empty dictionary.
+        If the state is sharded, rank 0 gets all of it, and the other ranks get an empty dictionary.
         """
         arena, arrays = self.arena, {}
         for kind in dict.fromkeys(name for parameter in arena.parameters for name in self.state_names(parameter)):
@@ -220,7 +222,7 @@ class Optimizer(ABC):
         return arrays
 
     def _gathered(self, region: Region, kind: str) -> Iterator[tuple[int, numpy.ndarray]]:
-        """(start, flat host array) of a state array, for whole parameters; nothing on ranks other than 0."""
+        """Yield (start, flat host array) of a state array, without splitting parameters. Only on rank 0."""
         to_host = self._arena.backend.to_host
         parts = [part for part in self.parts if part.region is region and kind in part.state_names]
         states = [(part, part.state[part.state_names.index(kind)]) for part in parts]

@@ -11,7 +11,7 @@ def constant(step: int, *, lr: float, warmup: int = 0) -> float:
 
 
 def linear(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int) -> float:
-    """Linear warm-up, then a straight line from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
+    """Linear warm-up, then linear decay from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
 
     lr(step) = min_lr + (lr - min_lr) (1 - p), where p is the progress from 0 to 1.
     Source: arXiv:2310.07831; with min_lr 0: arXiv:2502.15938.
@@ -22,7 +22,7 @@ def linear(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int
 
 
 def cosine(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int) -> float:
-    """Linear warm-up, then half a cosine from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
+    """Linear warm-up, then cosine decay from lr at `warmup` to min_lr at `decay_steps`, then min_lr.
 
     lr(step) = min_lr + (lr - min_lr) (1 + cos(pi p)) / 2, where p is the progress from 0 to 1.
     Source: arXiv:1608.03983, eq. 5.
@@ -33,11 +33,11 @@ def cosine(step: int, *, lr: float, min_lr: float, warmup: int, decay_steps: int
 
 
 def wsd(step: int, *, lr: float, min_lr: float, warmup: int, stable_steps: int, decay_steps: int) -> float:
-    """Warm-up, stable, decay: linear warm-up, lr until `stable_steps`, then a straight line to min_lr at `decay_steps`.
+    """Warm-up, stable, decay: linear warm-up, lr until `stable_steps`, then linear decay to min_lr at `decay_steps`.
 
-    lr(step) = min_lr + (lr - min_lr) (1 - p), where p is the progress from 0 to 1 of the decay.
-    All steps count from the start of training. Up to `stable_steps` the rate does not depend on the length of
-    the training, so a run can be continued from any step before the decay, or decayed from there.
+    lr(step) = min_lr + (lr - min_lr) (1 - p), where p is the progress of the decay, from 0 to 1.
+    All steps are counted from the start of training. Up to `stable_steps`, the rate does not depend on the length of
+    training, so a run can be extended from any step before the decay, or the decay can start there.
     Source: arXiv:2404.06395, section 4.2.
     """
     if step < max(warmup, stable_steps):
@@ -46,5 +46,5 @@ def wsd(step: int, *, lr: float, min_lr: float, warmup: int, stable_steps: int, 
 
 
 def _progress(step: int, first: int, last: int) -> float:
-    """The progress from one step to another, from 0 to 1."""
+    """The progress between two steps, from 0 to 1."""
     return min(1.0, (step - first) / (last - first)) if last > first else 1.0

@@ -11,9 +11,9 @@ from tinygrad2.params import HasParameters, Parameter
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent. The math: `sgd_step` in reference.py.
+    """Stochastic gradient descent. For the math, see `sgd_step` in reference.py.
 
-    momentum  decay rate of the momentum; for 0 there is no state.
+    momentum  decay rate of the momentum; if 0, there is no state.
     nesterov  use Nesterov momentum.
     Weight decay is added to the gradient, as in PyTorch.
     """

@@ -1,4 +1,4 @@
-"""Models with random values, and the files that other programs make of them."""
+"""Models with random values, and model files as other programs write them."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def random_model(**changes):
-    """Biases and gains are random too, so that no two tensors can be confused."""
+    """A model in which biases and gains are random too, so that tests detect exchanged tensors."""
     model = GPT2(GPT2Config(**{**SIZES, **NO_DROPOUT, **changes}))
     random = np.random.default_rng(0)
     for parameter in model.parameters():
@@ -26,13 +26,14 @@ def values(model):
 
 
 def linear(model, prefix="transformer."):
-    """The state dict in the layout of nanoGPT and build-nanogpt: matrices (out, in), and the tied output layer."""
+    """The state dict in the layout of nanoGPT and build-nanogpt: weights are (out, in), and it contains the tied output
+    layer."""
     arrays = {prefix + name: a.T.copy() if is_matrix(name) else a for name, a in values(model).items()}
     return arrays | {f"{prefix.removesuffix('transformer.')}lm_head.weight": arrays[f"{prefix}wte.weight"]}
 
 
 def stored(arrays):
-    """The arrays as stored in a model file."""
+    """The arrays as Stored objects, as read from a model file."""
     return {name: Stored(a.shape, a.dtype.name, lambda a=a: a) for name, a in arrays.items()}
 
 
@@ -44,7 +45,7 @@ def assert_equal(model, other):
 
 
 def write_every_format():
-    """Write the same model in every format into the current directory: model/, model.pt and model.llmc."""
+    """Write the same model in every format to the current directory: model/, model.pt and model.llmc."""
     random_model().save_pretrained("model")
     for form in ("pt", "llmc"):
         convert.convert("model", f"model.{form}", form)

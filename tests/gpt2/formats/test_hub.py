@@ -1,4 +1,4 @@
-"""gpt2/formats/hub.py: OpenAI's weights from a hub on this machine."""
+"""gpt2/formats/hub.py: downloading OpenAI's weights from a local hub."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def model():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves what huggingface_hub requests: the list of a repository's files, and the files."""
+    """Handles the requests of huggingface_hub: the list of a repository's files, and the files."""
 
     def __init__(self, folder, *arguments):
         self.folder = folder
@@ -79,8 +79,8 @@ def run_sample(folder, endpoint, *, code=0, **environment):
 
 
 @pytest.mark.extras("huggingface_hub")
-def test_names_are_downloaded_once(model, tmp_path):
-    (tmp_path / "gpt2").mkdir()  # as in the repository: a folder of this name without a model
+def test_a_named_model_is_downloaded_once(model, tmp_path):
+    (tmp_path / "gpt2").mkdir()  # as in the repository, which has a folder with this name but without a model
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "served", "hf")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, tmp_path / "served")) as server:
@@ -89,36 +89,36 @@ def test_names_are_downloaded_once(model, tmp_path):
         first = run_sample(tmp_path, endpoint)
         server.shutdown()
     assert f"snapshots/{hub.REVISIONS['gpt2']}" in first.stderr
-    assert not list((tmp_path / "cache").rglob("generation_config.json"))  # only what is read
-    again = run_sample(tmp_path, endpoint)  # the server has been stopped
+    assert not list((tmp_path / "cache").rglob("generation_config.json"))  # only needed files are downloaded
+    again = run_sample(tmp_path, endpoint)  # the server no longer runs
     assert again.stdout == first.stdout != ""
 
 
-UNREACHABLE = "sample.py: error: gpt2: it could not be downloaded from the Hugging Face hub"
+UNREACHABLE = "sample.py: error: gpt2: it could not be downloaded from the Hugging Face Hub"
 
 
 @pytest.mark.extras("huggingface_hub")
-def test_without_a_network_there_is_one_line(tmp_path):
+def test_a_missing_network_prints_one_line(tmp_path):
     (line,) = run_sample(tmp_path, "http://127.0.0.1:9", code=1, HF_HUB_OFFLINE="1").stderr.splitlines()
     assert line.startswith(UNREACHABLE)
 
 
 @pytest.mark.extras("huggingface_hub")
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_retried(tmp_path):
-    """The library reports it five times before it gives up."""
+def test_a_hub_that_does_not_respond_is_retried(tmp_path):
+    """huggingface_hub reports five retries before it fails."""
     *retries, line = run_sample(tmp_path, "http://127.0.0.1:9", code=1).stderr.splitlines()
     assert sum("Retry" in retry for retry in retries) == 5
     assert line.startswith(UNREACHABLE)
 
 
-def test_without_the_library_there_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_library_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r'gpt2-xl: to download it, install .* pip install -e "\.\[hub\]"'):
         find_model(Path("gpt2-xl"), print)
 
 
-def test_every_name_is_a_preset():
+def test_every_name_on_the_hub_is_a_preset():
     assert all(name in hub.REVISIONS for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
     assert all(GPT2Config.preset(name).vocab_size == 50257 for name in hub.REVISIONS)

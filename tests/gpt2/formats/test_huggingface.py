@@ -1,4 +1,4 @@
-"""gpt2/formats/huggingface.py: folders written by transformers, with and without shards, and damaged ones."""
+"""gpt2/formats/huggingface.py: folders written by transformers, with and without shards, and damaged folders."""
 
 import json
 import re
@@ -28,16 +28,16 @@ def folder(model, tmp_path):
 
 
 def rewrite(folder, change, metadata=None):
-    """Save the file again after `change` has modified the dictionary of its arrays."""
+    """Load the file, let `change` modify or replace the dictionary of arrays, and save the file."""
     arrays = load_file(folder / "model.safetensors")
     arrays = change(arrays) or arrays
     save_file(arrays, folder / "model.safetensors", metadata)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_saved_and_loaded_is_bit_equal(dtype, tmp_path):
+def test_a_saved_model_is_loaded_bit_for_bit(dtype, tmp_path):
     model = GPT2(GPT2Config(**SIZES), seed=4, dtype=dtype)
-    model.arena()  # as after training, when parameters are views of flat buffers
+    model.arena()  # makes the parameters views of flat buffers, as after training
     model.save_pretrained(tmp_path / "made" / "here")
     assert_equal(GPT2.from_pretrained(tmp_path / "made" / "here", dtype=dtype), model)
 
@@ -48,12 +48,12 @@ def test_saving_replaces_existing_files(model, folder):
     assert_equal(GPT2.from_pretrained(folder), other)
 
 
-def test_the_layout_is_hugging_faces(folder):
+def test_saved_folders_have_the_hugging_face_layout(folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["architectures"] == ["GPT2LMHeadModel"]
     assert values["torch_dtype"] == "float32"
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers rejects a file without it
+        assert file.metadata() == {"format": "pt"}  # transformers rejects files without it
         names = set(file.keys())
         assert file.get_tensor("transformer.h.1.mlp.c_fc.weight").shape == (8, 32)
     assert "lm_head.weight" not in names
@@ -76,7 +76,7 @@ def with_buffers(arrays):
 
 
 def published(arrays):
-    """As in the published `gpt2`: no prefix, causal masks, no head."""
+    """The layout of the published `gpt2`: no prefix, with causal masks, without head."""
     with_buffers(arrays)
     return unprefixed(arrays)
 
@@ -99,7 +99,7 @@ def test_other_dtypes_are_converted(stored, dtype, model, folder):
         np.testing.assert_array_equal(parameter.data, original.data.astype(stored).astype(dtype))
 
 
-def test_head_in_half_precision_is_compared(model, folder):
+def test_a_tied_head_in_half_precision_is_accepted(model, folder):
     def change(arrays):
         with_head(arrays)
         return {name: values.astype(ml_dtypes.bfloat16) for name, values in arrays.items()}
@@ -112,7 +112,7 @@ def missing(arrays):
     del arrays["transformer.h.1.ln_2.bias"]
 
 
-def surplus(arrays):
+def unexpected(arrays):
     arrays["transformer.h.2.ln_1.weight"] = np.ones(8, "float32")
 
 
@@ -140,7 +140,7 @@ def other_vocabulary(arrays):
     ("change", "message"),
     [
         (missing, "tensor h.1.ln_2.bias is missing"),
-        (surplus, "tensor h.2.ln_1.weight is not a parameter of this model"),
+        (unexpected, "tensor h.2.ln_1.weight is not a parameter of this model"),
         (misshapen, "tensor wpe.weight has shape (7, 8); expected (6, 8)"),
         (transposed, "tensor h.1.attn.c_attn.weight has shape (24, 8); expected (8, 24)"),
         (integers, "tensor ln_f.bias has dtype I32; expected one of float64, float32, float16, bfloat16"),
@@ -148,12 +148,12 @@ def other_vocabulary(arrays):
         (other_vocabulary, "lm_head.weight differs from wte.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(change, message, folder):
+def test_the_error_names_a_tensor_that_does_not_fit(change, message, folder):
     rewrite(folder, change)
-    expect_one_line(folder, "model.safetensors", message)
+    assert_load_fails(folder, "model.safetensors", message)
 
 
-def expect_one_line(folder, file, message, kind=ValueError):
+def assert_load_fails(folder, file, message, kind=ValueError):
     with pytest.raises(kind) as error:
         GPT2.from_pretrained(folder)
     text = str(error.value)
@@ -176,7 +176,7 @@ def expect_one_line(folder, file, message, kind=ValueError):
 def test_unsupported_configurations_are_rejected(changes, message, folder):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    expect_one_line(folder, "config.json", message)
+    assert_load_fails(folder, "config.json", message)
 
 
 @pytest.mark.parametrize(
@@ -188,31 +188,31 @@ def test_unsupported_configurations_are_rejected(changes, message, folder):
         (b"\xff\xfe{", "codec can't decode"),
     ],
 )
-def test_damaged_config(content, message, folder):
+def test_a_damaged_config_is_rejected(content, message, folder):
     (folder / "config.json").write_bytes(content)
-    expect_one_line(folder, "config.json", message)
+    assert_load_fails(folder, "config.json", message)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_damaged_weights(keep, folder):
+def test_truncated_weights_are_rejected(keep, folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    expect_one_line(folder, "model.safetensors", "header")
+    assert_load_fails(folder, "model.safetensors", "header")
 
 
-def test_a_file_of_another_format(folder):
+def test_a_file_in_another_format_is_rejected(folder):
     (folder / "model.safetensors").write_bytes(b"PK\x03\x04" + bytes(1000))
-    expect_one_line(folder, "model.safetensors", "File is not a zip file")
+    assert_load_fails(folder, "model.safetensors", "File is not a zip file")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_missing_file(name, folder):
+def test_a_missing_file_is_an_error(name, folder):
     (folder / name).unlink()
-    expect_one_line(folder, name, "no such file; a model folder has config.json and", FileNotFoundError)
+    assert_load_fails(folder, name, "no such file; a model folder has config.json and", FileNotFoundError)
 
 
-def test_missing_folder(tmp_path):
-    expect_one_line(tmp_path / "nowhere", "config.json", "no such file", FileNotFoundError)
+def test_a_missing_folder_is_an_error(tmp_path):
+    assert_load_fails(tmp_path / "nowhere", "config.json", "no such file", FileNotFoundError)
 
 
 # Shards
@@ -221,7 +221,7 @@ def test_missing_folder(tmp_path):
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_hugging_face_folders(kind, shards, model, tmp_path):
-    """Folders with and without shards are read, in safetensors and in PyTorch's format."""
+    """Folders with and without shards are read, in safetensors format and in PyTorch's."""
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     items = list(values(model).items())
@@ -253,7 +253,7 @@ def test_hugging_face_folders(kind, shards, model, tmp_path):
         ({"weight_map": {"wte.weight": "config.json"}}, "config.json: "),
     ],
 )
-def test_a_wrong_list_of_shards(places, message, model, tmp_path):
+def test_an_invalid_shard_index_is_rejected(places, message, model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
@@ -265,7 +265,7 @@ def test_a_wrong_list_of_shards(places, message, model, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.extras("transformers")
-def test_transformers_shards_are_read(tmp_path):
+def test_shards_written_by_transformers_are_read(tmp_path):
     import transformers
 
     sizes = {"vocab_size": 99, "n_positions": 16, "n_embd": 16, "n_layer": 3, "n_head": 2}

@@ -1,4 +1,4 @@
-"""gpt2/formats/llmc.py: files in the format of llm.c's script, and damaged ones."""
+"""gpt2/formats/llmc.py: files in the format of llm.c's script, and damaged files."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def model():
 
 
 def write_llmc(path, model, version=3, padded=384, dtype="<f4"):
-    """An independent version of the writer in llm.c's train_gpt2.py."""
+    """An independent implementation of the writer in llm.c's train_gpt2.py."""
     c = model.config
     header = np.zeros(256, "<i4")
     header[:8] = 20240326, version, c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, padded
@@ -27,7 +27,7 @@ def write_llmc(path, model, version=3, padded=384, dtype="<f4"):
     return path
 
 
-def test_written_files_have_llmcs_layout(model, tmp_path):
+def test_written_files_have_the_layout_of_llmc(model, tmp_path):
     written = write_llmc(tmp_path / "theirs.bin", model)
     assert_equal(model, GPT2.from_pretrained(written))
     model.save_pretrained(tmp_path / "hf")
@@ -35,7 +35,7 @@ def test_written_files_have_llmcs_layout(model, tmp_path):
     assert (tmp_path / "ours.bin").read_bytes() == written.read_bytes()
 
 
-def test_bfloat16_llmc_files(model, tmp_path):
+def test_bfloat16_files_are_read_and_written(model, tmp_path):
     written = write_llmc(tmp_path / "theirs.bin", model, version=5, dtype="bfloat16")
     found = GPT2.from_pretrained(written)
     for name, array in values(model).items():
@@ -50,16 +50,16 @@ def test_bfloat16_llmc_files(model, tmp_path):
     [
         (1, 4, "version 4"),
         (1, 1, "version 1"),
-        (2, 17, "from its header"),
+        (2, 17, "according to its header"),
         (3, 400, "the padded vocabulary has 384 tokens"),
-        (4, 2**31 - 1, "from its header"),
+        (4, 2**31 - 1, "according to its header"),
         (4, -1, "n_layer is -1"),
         (5, 3, "is not a multiple"),
-        (6, 2**30, "from its header"),
-        (7, 2**31 - 1, "from its header"),
+        (6, 2**30, "according to its header"),
+        (7, 2**31 - 1, "according to its header"),
     ],
 )
-def test_a_wrong_llmc_header(word, value, message, model, tmp_path):
+def test_an_invalid_header_is_rejected(word, value, message, model, tmp_path):
     path = write_llmc(tmp_path / "x.bin", model)
     content = bytearray(path.read_bytes())
     content[4 * word : 4 * word + 4] = value.to_bytes(4, "little", signed=True)
@@ -70,7 +70,7 @@ def test_a_wrong_llmc_header(word, value, message, model, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [4, 1023, 1024, -1])
-def test_a_truncated_llmc_file(keep, model, tmp_path):
+def test_a_truncated_file_is_rejected(keep, model, tmp_path):
     path = write_llmc(tmp_path / "x.bin", model)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"x.bin: it "):

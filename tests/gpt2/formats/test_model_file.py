@@ -1,4 +1,4 @@
-"""gpt2/formats/model_file.py: the tensors and sizes that a file of any layout must have."""
+"""gpt2/formats/model_file.py: the tensors and sizes that a file in any layout must have."""
 
 import re
 import time
@@ -18,21 +18,21 @@ def model():
     return random_model()
 
 
-def test_one_bias_that_is_missing_is_an_error(model, tmp_path):
+def test_a_single_missing_bias_is_an_error(model, tmp_path):
     arrays = linear(model)
     del arrays["transformer.h.1.attn.c_attn.bias"]
     with pytest.raises(ValueError, match=r"ckpt.pt: tensor h.1.attn.c_attn.bias is missing"):
         GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", arrays))
 
 
-def test_the_padded_vocabulary_of_gpt2_is_cut(tmp_path):
+def test_the_padding_of_gpt2s_vocabulary_is_removed(tmp_path):
     model = random_model(vocab_size=50304)
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", linear(model), vocab_size=50304))
     assert found.config.vocab_size == 50257
     assert np.array_equal(found.wte.weight.data, model.wte.weight.data[:50257])
 
 
-def test_a_vocabulary_that_config_json_pads_is_kept(tmp_path):
+def test_a_padded_vocabulary_in_config_json_is_kept(tmp_path):
     model = random_model(vocab_size=50304)
     model.save_pretrained(tmp_path / "a")
     convert.convert(tmp_path / "a", tmp_path / "b.pt", "pt")
@@ -69,8 +69,8 @@ def test_a_plain_state_dict_uses_the_config_next_to_it(model, tmp_path):
         model_file.open_model(tmp_path / "linear.pt")
 
 
-def test_the_published_sizes_need_no_config():
-    """Checked with shapes only, since the arrays are large."""
+def test_published_sizes_need_no_config():
+    """The test uses shapes only, because the arrays are large."""
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         config = GPT2Config.preset(name)
         arrays = {key: Stored(shape, "float32", lambda: None) for key, shape in config.shapes()}
@@ -81,7 +81,7 @@ def test_the_published_sizes_need_no_config():
 
 
 def embedding_only(arrays):
-    """The prefix of another trainer, before the token embedding."""
+    """Names with the prefix of another trainer."""
     return {f"policy.base_model.transformer.{name}": a for name, a in arrays.items()}
 
 
@@ -120,7 +120,7 @@ NAMINGS = [embedding_only, everywhere, head_only, head_only_below_a_prefix, *map
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_names_under_any_prefix_and_wrapper(naming, form, model, tmp_path, capsys):
+def test_names_with_any_prefix_or_wrapper_are_read(naming, form, model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     arrays = naming(values(model))
@@ -144,7 +144,7 @@ def test_other_heads_are_ignored_and_reported(prefix, model, tmp_path, capsys):
     assert_equal(model, GPT2.from_pretrained(tmp_path))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"{tmp_path / 'model.safetensors'}: left out, since they are not part of the language model: "
+        f"{tmp_path / 'model.safetensors'}: ignored, since they are not part of the language model: "
     )
     assert f"{outer}v_head.summary.0" in line
     assert line.endswith(" and 1 more")
@@ -169,14 +169,14 @@ def test_a_bias_of_the_output_layer_is_rejected_unless_it_is_zero(name, model, t
     [
         (
             "base_model.model.h.0.attn.c_attn.lora_A.default.weight",
-            "it has an adapter besides its weights (peft, LoRA)",
+            "it has an unmerged adapter (peft, LoRA)",
         ),
         ("h.1.mlp.c_fc.qweight", "it has quantized weights (GPTQ, AWQ), which are not supported"),
         ("h.1.mlp.c_fc.weight_scale", "it has quantized weights, which are not supported"),
         ("h.0.adapter.weight", "tensor h.0.adapter.weight is not a parameter of this model"),
     ],
 )
-def test_weights_that_are_not_those_of_a_plain_model_are_named(name, message, model, tmp_path):
+def test_adapters_and_quantized_weights_are_rejected_by_name(name, message, model, tmp_path):
     model.save_pretrained(tmp_path)
     save_file(values(model) | {name: np.ones(8, "float32")}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -184,27 +184,27 @@ def test_weights_that_are_not_those_of_a_plain_model_are_named(name, message, mo
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "module", "net", "ema"])
-def test_the_only_dictionary_of_tensors_is_the_model(key, model, tmp_path):
+def test_a_single_dictionary_of_tensors_is_read_as_the_model(key, model, tmp_path):
     model.save_pretrained(tmp_path)
     torch_file.write_pickle(tmp_path / "x.pt", {"epoch": 3, key: stored(values(model)), "options": {"lr": 1e-3}})
     assert_equal(model, GPT2.from_pretrained(tmp_path / "x.pt"))
 
 
-def test_of_several_dictionaries_of_tensors_none_is_taken(model, tmp_path):
+def test_several_dictionaries_of_tensors_are_an_error(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch_file.write_pickle(tmp_path / "x.pt", {"net": stored(values(model)), "ema": stored(values(model))})
     with pytest.raises(ValueError, match=r"it has no state dict, or several; .*; its keys are net, ema"):
         GPT2.from_pretrained(tmp_path / "x.pt")
 
 
-def test_two_models_in_one_file(model, tmp_path):
+def test_two_models_in_one_file_are_an_error(model, tmp_path):
     arrays = {f"{part}.{name}": a for part in ("policy", "reference") for name, a in values(model).items()}
     torch_file.write_pickle(tmp_path / "x.pt", stored(arrays))
     with pytest.raises(ValueError, match=r"it has 2 models, with policy.wte.weight and reference.wte.weight"):
         model_file.open_model(tmp_path / "x.pt")
 
 
-def test_a_name_that_occurs_twice(model, tmp_path):
+def test_a_duplicate_name_is_an_error(model, tmp_path):
     arrays = values(model) | {"module.wpe.weight": values(model)["wpe.weight"]}
     torch_file.write_pickle(tmp_path / "x.pt", stored(arrays))
     with pytest.raises(ValueError, match=r"tensor wpe.weight occurs twice"):
@@ -224,7 +224,7 @@ def test_a_name_with_millions_of_prefixes_is_rejected_immediately(tmp_path):
 
 
 def test_tensors_that_share_their_memory_are_rejected(model, tmp_path):
-    """Five hundred layers of one array: small as a file, large in memory."""
+    """A model with 500 layers that all share the same arrays: a small file, but large in memory."""
     whole = linear(model, "")
     arrays = {name: a for name, a in whole.items() if not name.startswith("h.")}
     parts = {name.removeprefix("h.0."): a for name, a in whole.items() if name.startswith("h.0.")}
@@ -236,12 +236,12 @@ def test_tensors_that_share_their_memory_are_rejected(model, tmp_path):
     sizes = {"n_layer": layers, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 257}
     torch_file.write_pickle(tmp_path / "x.pt", {"model": tree, "model_args": sizes})
     begin = time.process_time()
-    with pytest.raises(ValueError, match=r"its tensors need 1,.* bytes, but it has .*: several share their memory"):
+    with pytest.raises(ValueError, match=r"its tensors need 1,.* bytes, but it has .*: several tensors share memory"):
         model_file.open_model(tmp_path / "x.pt")
     assert time.process_time() - begin < 5
 
 
-def test_a_run_without_a_checkpoint_is_not_called_damaged(tmp_path):
+def test_the_error_for_a_run_without_a_checkpoint_says_so(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}\n")
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(FileNotFoundError, match="this run has not saved a checkpoint yet"):

@@ -1,4 +1,4 @@
-"""gpt2/formats/torch_file.py: files written by hand here, and by PyTorch if it is installed; models in them."""
+"""gpt2/formats/torch_file.py: files written by this module and by PyTorch, if it is installed, and models in them."""
 
 import copyreg
 import os
@@ -30,7 +30,7 @@ from tests.gpt2.formats.models import (
 
 
 def plain(value):
-    """The opcodes for plain data."""
+    """The pickle opcodes for plain data."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -47,7 +47,7 @@ def dictionary(**items):
 
 
 def archive(path, program, storages=(), *, compression=zipfile.ZIP_STORED, extra=()):
-    """A file in the format of torch.save; `program` is the pickle without its first and last opcode."""
+    """Write a file in the format of torch.save; `program` is the pickle without its first and last opcode."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("model/data.pkl", b"\x80\x02" + program + b".")
         for i, memory in enumerate(storages):
@@ -70,13 +70,13 @@ def file(tmp_path):
 SIX = np.arange(6, dtype="float32")
 
 
-def rejected(path, message):
+def assert_rejected(path, message):
     with pytest.raises(ValueError, match=message) as error:
         read_pickle(path)
     assert "\n" not in str(error.value)
 
 
-def test_a_written_file_is_read_back_bit_for_bit(file):
+def test_a_written_file_is_read_bit_for_bit(file):
     bfloat16 = np.array([[1.5, -2.25]], "bfloat16")
     arrays = [SIX.reshape(2, 3), np.array(7, "int64"), np.zeros((0, 4), "float16"), bfloat16, np.array([True, False])]
     stored = [Stored(a.shape, a.dtype.name, lambda a=a: a) for a in arrays]
@@ -91,7 +91,7 @@ def test_a_written_file_is_read_back_bit_for_bit(file):
         assert sum("/data/" in name for name in written.namelist()) == len(arrays)
 
 
-def test_unsupported_values_are_not_written(file):
+def test_unsupported_values_are_rejected_when_writing(file):
     with pytest.raises(TypeError, match="values of type set are not supported"):
         write_pickle(file, {"a": {1}})
 
@@ -107,7 +107,7 @@ def test_unsupported_values_are_not_written(file):
         ({"shape": (0, 9), "strides": (9, 1), "offset": 6}, np.zeros((0, 9))),
     ],
 )
-def test_views_of_a_storage(geometry, expected, file):
+def test_views_of_a_storage_are_read(geometry, expected, file):
     stored = read_pickle(archive(file, tensor(**geometry), [SIX.tobytes()]))
     np.testing.assert_array_equal(stored.read(), expected)
     assert stored.read().shape == stored.shape == np.shape(expected)
@@ -116,15 +116,15 @@ def test_views_of_a_storage(geometry, expected, file):
 @pytest.mark.parametrize(
     ("geometry", "message"),
     [
-        ({"shape": (2, 4), "strides": (4, 1)}, "needs 8 elements of a storage of 6"),
-        ({"offset": 1}, "needs 7 elements of a storage of 6"),
+        ({"shape": (2, 4), "strides": (4, 1)}, "needs 8 elements; its storage has 6"),
+        ({"offset": 1}, "needs 7 elements; its storage has 6"),
         ({"offset": -1}, "not non-negative integers"),
         ({"strides": (-3, 1)}, "not non-negative integers"),
         ({"shape": (-2, 3)}, "not non-negative integers"),
         ({"shape": (2.0, 3)}, "not non-negative integers"),
         ({"shape": (True, 3)}, "not non-negative integers"),
         ({"shape": (2**63, 3)}, "not non-negative integers"),
-        ({"shape": (2**62, 2**62), "strides": (2**62, 1)}, "needs .* elements of a storage of 6"),
+        ({"shape": (2**62, 2**62), "strides": (2**62, 1)}, "needs .* elements; its storage has 6"),
         ({"shape": (10**9, 10**9), "strides": (0, 0)}, "overlap"),
         ({"shape": (2, 2), "strides": (1, 1)}, "overlap"),
         ({"shape": (3, 2), "strides": (1, 2)}, "overlap"),
@@ -140,8 +140,8 @@ def test_views_of_a_storage(geometry, expected, file):
         ({"kind": "ComplexFloatStorage"}, "torch.ComplexFloatStorage"),
     ],
 )
-def test_geometry_that_does_not_fit_is_rejected(geometry, message, file):
-    rejected(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
+def test_a_view_that_does_not_fit_its_storage_is_rejected(geometry, message, file):
+    assert_rejected(archive(file, tensor(**geometry), [SIX.tobytes()]), message)
 
 
 class Evil:
@@ -161,7 +161,7 @@ HOSTILE = {
     "builtins.exec": (pickle.dumps(Evil(exec, f"open('{MARK}', 'w')"), 2)[2:-1], "builtin.*exec"),
     "nested": (pickle.dumps({"model": [Evil(os.system, f"touch {MARK}")]}, 2)[2:-1], "system"),
     "in a key": (pickle.dumps({Evil(os.system, f"touch {MARK}"): 1}, 2)[2:-1], "system"),
-    "popped again": (plain(Evil(os.system, f"touch {MARK}")) + b"0}", "system"),
+    "created and popped": (plain(Evil(os.system, f"touch {MARK}")) + b"0}", "system"),
     "getattr": (b"c__builtin__\ngetattr\n", "getattr"),
     "copyreg": (b"ccopyreg\n_reconstructor\n(cos\nsystem\ncbuiltins\nobject\nNtR", "copyreg._reconstructor"),
     "extension": (b"\x82\x01", "opcode EXT1"),
@@ -183,7 +183,7 @@ HOSTILE = {
         "attributes of an object that is not a config",
     ),
     "attributes of a tensor": (tensor() + plain({"read": 1}) + b"b", "attributes of an object that is not a config"),
-    "a state that is none": (
+    "a state that is a pair": (
         b"c__main__\nGPTConfig\n)\x81" + plain((None, {"a": 1})) + b"b",
         "an object that is not a config",
     ),
@@ -192,9 +192,9 @@ HOSTILE = {
         "keys",
     ),
     "appending to a tensor": (tensor() + b"K\x01a", "not a list"),
-    "an opcode too few": (b"", "damaged"),
+    "a missing opcode": (b"", "damaged"),
     "an unknown memo": (b"j\xff\xff\xff\xff", "damaged"),
-    "a mark too few": (b"K\x01u", "damaged"),
+    "a missing mark": (b"K\x01u", "damaged"),
 }
 
 
@@ -202,12 +202,12 @@ HOSTILE = {
 def test_a_malicious_file_is_rejected_and_nothing_is_executed(case, file, monkeypatch):
     monkeypatch.chdir(file.parent)
     program, message = HOSTILE[case]
-    rejected(archive(file, program, [SIX.tobytes()]), message)
+    assert_rejected(archive(file, program, [SIX.tobytes()]), message)
     assert not (file.parent / MARK).exists()
 
 
 def test_the_malicious_programs_are_malicious(file, monkeypatch):
-    """The programs rejected above do run in Python's unpickler; otherwise the tests would prove nothing."""
+    """Python's unpickler executes the programs above; otherwise the tests would prove nothing."""
     monkeypatch.chdir(file.parent)
     for case in ("os.system", "builtins.eval", "builtins.exec", "nested"):
         program, _ = HOSTILE[case]
@@ -218,7 +218,7 @@ def test_the_malicious_programs_are_malicious(file, monkeypatch):
 def test_extensions_of_copyreg_are_not_looked_up(file, monkeypatch):
     copyreg.add_extension(os.system.__module__, "system", 201)
     try:
-        rejected(archive(file, b"\x82\xc9" + plain((f"touch {MARK}",)) + b"R"), "opcode EXT1")
+        assert_rejected(archive(file, b"\x82\xc9" + plain((f"touch {MARK}",)) + b"R"), "opcode EXT1")
     finally:
         copyreg.remove_extension(os.system.__module__, "system", 201)
 
@@ -228,11 +228,11 @@ def test_a_memo_of_four_billion_entries_takes_no_memory(file):
 
 
 def test_shared_lists_are_not_expanded(file):
-    """Sixty lists, each contained twice in the next: 2**60 elements if they were copied or printed."""
-    rejected(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
+    """Sixty lists, each contained twice in the next: copying or printing them would visit 2**60 elements."""
+    assert_rejected(archive(file, b"".join([b"]q\x00"] + [b"](h\x00h\x00eq\x00"] * 60)), "more than 1,048,576 objects")
 
 
-def test_config_objects_are_records(file):
+def test_config_objects_are_read_as_records(file):
     program = b"ctrain_gpt2\nGPTConfig\n)\x81" + plain({"n_layer": 12, "__class__": "x"}) + b"b"
     assert read_pickle(archive(file, program)) == Record("train_gpt2.GPTConfig", {"n_layer": 12, "__class__": "x"})
 
@@ -244,39 +244,39 @@ def test_the_attributes_of_an_ordered_dictionary_are_ignored(file):
 
 
 def test_zip_bombs_are_rejected(file):
-    rejected(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
-    rejected(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
+    assert_rejected(archive(file, plain("x" * 10**7), compression=zipfile.ZIP_DEFLATED), "is compressed")
+    assert_rejected(archive(file, plain("x" * PICKLE_LIMIT)), "at most")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_duplicated_entries_are_rejected(file):
-    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
-    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
+def test_duplicate_entries_are_rejected(file):
+    assert_rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/data/0", bytes(24))]), "data/0 twice")
+    assert_rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("other/data/0", bytes(24))]), "data/0 twice")
 
 
-def test_other_archives(file):
+def test_other_files_are_rejected(file):
     with zipfile.ZipFile(file, "w") as empty:
         empty.writestr("a/b", "c")
-    rejected(file, "no entry data.pkl")
-    rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/byteorder", "big")]), "not little-endian")
+    assert_rejected(file, "no entry data.pkl")
+    assert_rejected(archive(file, tensor(), [SIX.tobytes()], extra=[("model/byteorder", "big")]), "not little-endian")
     file.write_bytes(b"PK\x03\x04" + bytes(100))
-    rejected(file, "File is not a zip file")
+    assert_rejected(file, "File is not a zip file")
     file.write_bytes(pickle.dumps({}, 2) * 3)
-    rejected(file, "it is not a torch.save file")
+    assert_rejected(file, "it is not a torch.save file")
 
 
 def test_a_flipped_bit_in_the_pickle_is_detected(file):
     content = bytearray(archive(file, dictionary(weight=tensor()), [SIX.tobytes()]).read_bytes())
     content[content.index(b"weight")] ^= 1
     file.write_bytes(content)
-    rejected(file, "CRC")
+    assert_rejected(file, "CRC")
 
 
-def test_a_truncated_file(file):
+def test_a_truncated_file_is_rejected(file):
     archive(file, tensor(), [SIX.tobytes()])
     stored = read_pickle(file)
     file.write_bytes(file.read_bytes()[:100])
-    rejected(file, "not a zip file")
+    assert_rejected(file, "not a zip file")
     with pytest.raises(ValueError, match=r"truncated: .* bytes are missing"):
         stored.read()
 
@@ -289,7 +289,7 @@ def legacy(path, *, magic=0x1950A86A20F9469CFC6C, little_endian=True, keys=("0",
     return path
 
 
-def test_files_from_before_zip(file):
+def test_legacy_files_are_read(file):
     stored = read_pickle(legacy(file, memory=SIX.tobytes()))["weight"]
     np.testing.assert_array_equal(stored.read(), SIX.reshape(2, 3))
 
@@ -299,19 +299,19 @@ def test_files_from_before_zip(file):
     [
         ({"magic": 0x1950A86A20F9469CFC6D}, "not a torch.save file"),
         ({"little_endian": False}, "not little-endian"),
-        ({"keys": ()}, "list of its tensors' memory"),
-        ({"keys": ("0", 1)}, "list of its tensors' memory"),
+        ({"keys": ()}, "list of its storages"),
+        ({"keys": ("0", 1)}, "list of its storages"),
         ({"count": 7}, "storage 0 has 7 elements; expected 6"),
         ({"memory": bytes(23)}, "truncated"),
         ({"memory": b""}, "truncated"),
     ],
 )
-def test_damaged_files_from_before_zip(change, message, file):
-    rejected(legacy(file, **change), message)
+def test_damaged_legacy_files_are_rejected(change, message, file):
+    assert_rejected(legacy(file, **change), message)
 
 
 def test_a_large_claimed_size_takes_no_memory(file):
-    """The file is read in a separate process with 1 GiB of address space beyond its initial size."""
+    """The file is read in a separate process that may use 1 GiB of address space beyond its initial size."""
     archive(file, dictionary(a=tensor(count=2**40, shape=(2**40,), strides=(1,))), [SIX.tobytes()])
     program = (
         "import resource, sys; from pathlib import Path; from gpt2.formats.torch_file import read_pickle\n"
@@ -320,7 +320,7 @@ def test_a_large_claimed_size_takes_no_memory(file):
         "try:\n    read_pickle(Path(sys.argv[1]))\nexcept ValueError as error:\n    print(error)"
     )
     if not sys.platform.startswith("linux"):
-        pytest.skip("measures memory as Linux shows it")
+        pytest.skip("requires /proc")
     said = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True, cwd=".")
     assert "expected 4,398,046,511,104" in said.stdout
 
@@ -328,7 +328,7 @@ def test_a_large_claimed_size_takes_no_memory(file):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
-def test_files_that_pytorch_writes_are_read(zipped, protocol, file, monkeypatch):
+def test_files_written_by_pytorch_are_read(zipped, protocol, file, monkeypatch):
     import torch
 
     class GPTConfig:
@@ -382,19 +382,19 @@ def test_pytorch_reads_the_written_file(mmap, file):
         np.testing.assert_array_equal(tree[kind].to(torch.float64).numpy(), array.astype("float64"))
 
 
-# Models in them
+# Models in PyTorch files
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "_orig_mod.transformer.", "module._orig_mod.transformer."])
-def test_nanogpt_checkpoints(prefix, model, tmp_path):
-    """They use exact GELU, and may have been compiled."""
+def test_nanogpt_checkpoints_are_read(prefix, model, tmp_path):
+    """nanoGPT uses exact GELU, and names have a prefix if the model was compiled."""
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", linear(model, prefix)))
     rates = dict.fromkeys(NO_DROPOUT, 0.2)
     assert found.config == GPT2Config(**SIZES, **rates, activation_function="gelu")
     assert all(np.array_equal(array, values(found)[name]) for name, array in values(model).items())
 
 
-def test_a_nanogpt_checkpoint_without_biases(model, tmp_path):
+def test_a_nanogpt_checkpoint_without_biases_is_read(model, tmp_path):
     arrays = {name: array for name, array in linear(model).items() if not name.endswith(".bias")}
     found = GPT2.from_pretrained(nanogpt(tmp_path / "ckpt.pt", arrays, bias=False))
     for name, array in values(model).items():
@@ -402,7 +402,7 @@ def test_a_nanogpt_checkpoint_without_biases(model, tmp_path):
 
 
 def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
-    """A build-nanogpt checkpoint, in which torch.save has pickled the config with the name of its class."""
+    """Write a build-nanogpt checkpoint, in which torch.save pickles the config with the name of its class."""
     import pickle
     import zipfile
 
@@ -423,26 +423,26 @@ def with_config_object(path, arrays, attributes, name="__main__\nGPTConfig"):
 CONFIG = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
 
-def test_build_nanogpt_checkpoints(model, tmp_path):
-    """They use the tanh form of GELU, and no dropout."""
+def test_build_nanogpt_checkpoints_are_read(model, tmp_path):
+    """build-nanogpt uses the tanh form of GELU and no dropout."""
     assert_equal(model, GPT2.from_pretrained(with_config_object(tmp_path / "a.pt", linear(model), CONFIG)))
     other = with_config_object(tmp_path / "b.pt", linear(model), CONFIG, "train_gpt2\nGPTConfig")
     assert_equal(model, GPT2.from_pretrained(other))
 
 
-def test_a_config_object_of_nanogpt_has_the_exact_form(model, tmp_path):
+def test_a_config_object_of_nanogpt_implies_exact_gelu(model, tmp_path):
     path = with_config_object(tmp_path / "a.pt", linear(model), {**CONFIG, "dropout": 0.0, "bias": True})
     assert model_file.load_config(path).activation_function == "gelu"
 
 
-def test_a_config_without_a_value(model, tmp_path):
+def test_a_missing_value_in_a_config_object_is_an_error(model, tmp_path):
     path = with_config_object(tmp_path / "a.pt", linear(model), {"n_head": 2, "vocab_size": 257})
     with pytest.raises(ValueError, match=r"a.pt: 'block_size' is missing"):
         model_file.load_config(path)
 
 
 @pytest.mark.parametrize("tree", [[1], {"a": 1}, {"model": {}}, {"model": {"wte.weight": 3}}])
-def test_a_pytorch_file_without_a_model(tree, tmp_path):
+def test_a_pytorch_file_without_a_model_is_rejected(tree, tmp_path):
     torch_file.write_pickle(tmp_path / "x.pt", tree)
     with pytest.raises(ValueError, match=r"x.pt: it (is a pickled|has no state dict)"):
         model_file.open_model(tmp_path / "x.pt")

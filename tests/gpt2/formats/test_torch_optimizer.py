@@ -38,8 +38,8 @@ def test_round_trip(model, tmp_path):
         assert np.array_equal(found.moments[name].read(), stored.read())
 
 
-def test_the_order_and_the_layout_are_nanogpts(model):
-    """Matrices and embeddings first, in the order of the model, then gains and biases."""
+def test_packed_state_has_the_order_and_layout_of_nanogpt(model):
+    """Matrices and embeddings come first, in the order of the model, then gains and biases."""
     packed = pack(model.config, state(model))["optimizer"]
     decay, others = numbered(model.config)
     assert decay[:4] == ["wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight"]
@@ -50,7 +50,7 @@ def test_the_order_and_the_layout_are_nanogpts(model):
     assert packed["state"][2]["exp_avg"].shape == (24, 8)  # (out, in)
 
 
-def test_before_the_first_evaluation_and_the_first_step(model):
+def test_state_before_the_first_evaluation_and_the_first_step(model):
     packed = pack(model.config, state(model, best_val_loss=None, step=0, optimizer_steps=0))
     assert packed["best_val_loss"] == NO_LOSS
     packed["optimizer"]["state"] = {}
@@ -59,7 +59,7 @@ def test_before_the_first_evaluation_and_the_first_step(model):
     assert not any(stored.read().any() for stored in found.moments.values())
 
 
-def test_a_model_without_biases(model):
+def test_state_of_a_model_without_biases(model):
     names = [name for name in values(model) if not name.endswith(".bias")]
     packed = pack(model.config, state(model))
     decay, others = numbered(model.config)
@@ -94,14 +94,14 @@ def replace(tree, value, *path):
         (lambda t: remove(t, "optimizer"), "it has no optimizer state"),
         (lambda t: replace(t, {}, "optimizer"), "it has no optimizer state"),
         (lambda t: remove(t, "iter_num"), "its iter_num is NoneType"),
-        (lambda t: replace(t, -1, "iter_num"), "its iter_num is int -1; expected a number of 0 or more"),
+        (lambda t: replace(t, -1, "iter_num"), "its iter_num is int -1; expected a non-negative number"),
         (lambda t: replace(t, "x", "best_val_loss"), "its best_val_loss is str x"),
-        (lambda t: remove(t, "optimizer", "param_groups", 1), "its optimizer has 1 groups of parameters; expected"),
-        (lambda t: replace(t, [0], "optimizer", "param_groups", 0, "params"), "expected nanoGPT's two, of 10 and 18"),
+        (lambda t: remove(t, "optimizer", "param_groups", 1), "its optimizer has 1 parameter groups; expected"),
+        (lambda t: replace(t, [0], "optimizer", "param_groups", 0, "params"), "two groups, with 10 and 18"),
         (lambda t: replace(t, True, "optimizer", "param_groups", 0, "amsgrad"), "its optimizer has amsgrad True"),
         (lambda t: replace(t, 1e-6, "optimizer", "param_groups", 0, "eps"), "its optimizer has eps 1e-06"),
         (lambda t: replace(t, 3, "optimizer", "param_groups", 0, "betas"), "has no betas"),
-        (lambda t: remove(t, "optimizer", "state", 3), "no state of parameter 3, h.0.attn.c_proj.weight"),
+        (lambda t: remove(t, "optimizer", "state", 3), "no state for parameter 3, h.0.attn.c_proj.weight"),
         (lambda t: remove(t, "optimizer", "state", 3, "exp_avg"), "no exp_avg of h.0.attn.c_proj.weight"),
         (
             lambda t: replace(t, t["optimizer"]["state"][0]["exp_avg"], "optimizer", "state", 3, "exp_avg"),

@@ -1,13 +1,13 @@
-"""Writes the golden files next to this script: what PyTorch and transformers compute for two small GPT-2s.
+"""Write the golden files next to this script: the results of PyTorch and transformers for two small GPT-2 models.
 
     python tests/gpt2/golden/make_golden.py
 
-For each form of GELU a folder in the Hugging Face layout, written by transformers itself (config.json and
-model.safetensors, float32), and expected.safetensors: tokens and targets, and in float64 the logits, the loss, every
-gradient (`gradient.NAME`), and of ten AdamW steps with clipping the losses, the norms of the gradients before clipping
-and the final parameters (`final.NAME`). Its metadata contains the optimizer's settings.
+For each form of GELU, it writes a folder in the Hugging Face layout (config.json and model.safetensors in float32,
+saved by transformers) and expected.safetensors, which contains the tokens and targets and, in float64, the logits, the
+loss and every gradient (`gradient.NAME`). It also contains the losses of ten AdamW steps with clipping, the gradient
+norms before clipping and the final parameters (`final.NAME`). The metadata contains the optimizer's settings.
 
-The live tests of test_parity.py use the same functions.
+test_parity.py uses the same functions for its comparison with the installed transformers.
 """
 
 import json
@@ -24,10 +24,10 @@ STEPS = 10
 
 
 def random_model(seed, **sizes):
-    """A GPT2LMHeadModel without dropout, in float32, its weights so large that every part matters.
+    """A GPT2LMHeadModel without dropout, in float32, with weights so large that every part affects the result.
 
-    Activations keep a variance near 1 through every matrix; queries and keys get more, so that scores have a standard
-    deviation of about 5 and attention is far from uniform. Biases and gains are random too.
+    Activations have a variance of about 1 after every matrix. Queries and keys have a larger one, so that attention
+    scores have a standard deviation of about 5 and attention is far from uniform. Biases and gains are random too.
     """
     rest = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "eager"}
     end_of_text = sizes["vocab_size"] - 1
@@ -56,7 +56,7 @@ def random_batch(seed, model, B, T):
 
 
 def attention_peak(model, tokens):
-    """The mean over layers, heads and the later half of the rows of the largest attention weight in a row."""
+    """The largest attention weight in a row, averaged over layers, heads and the second half of the rows."""
     with torch.no_grad():
         attentions = model(tokens, output_attentions=True).attentions
     return (
@@ -65,12 +65,12 @@ def attention_peak(model, tokens):
 
 
 def named_parameters(model):
-    """Names without the `transformer.` prefix, as this project's model has them."""
+    """The parameters by this project's names, which have no `transformer.` prefix."""
     return {name.removeprefix("transformer."): parameter for name, parameter in model.named_parameters()}
 
 
 def loss_of(logits, targets):
-    """The cross-entropy in the logits' own dtype (transformers' own loss rounds to float32)."""
+    """The cross-entropy in the dtype of the logits (transformers' own loss is rounded to float32)."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -84,7 +84,7 @@ def gradients(model, tokens, targets):
 
 
 def adamw_steps(model, tokens, targets, settings):
-    """Ten steps on one batch, clipped; yields the loss before each step and the norm of its gradients."""
+    """Do ten steps with clipping on one batch. Yields the loss before each step and the norm of its gradients."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **settings)
@@ -109,7 +109,7 @@ def main():
         assert peak > 0.5, f"attention is too uniform: the largest weight of a row is {peak:.2f} on average"
         logits, loss, grads = gradients(model, tokens, targets)
         losses, norms = zip(*adamw_steps(model, tokens, targets, OPTIMIZER), strict=True)
-        assert min(norms) > MAX_NORM, "clipping does not act in every step"
+        assert min(norms) > MAX_NORM, "some steps are not clipped"
         arrays = {"tokens": tokens, "targets": targets, "logits": logits, "loss": loss}
         arrays |= {
             "losses": torch.tensor(losses, dtype=torch.float64),
@@ -119,7 +119,7 @@ def main():
         arrays |= {f"final.{name}": p.detach() for name, p in named_parameters(model).items()}
         settings = json.dumps({**OPTIMIZER, "max_norm": MAX_NORM})
         save_file(arrays, folder / "expected.safetensors", metadata={"optimizer": settings})
-        print(f"{activation}: peak {peak:.2f}, losses {losses[0]:.2f} to {losses[-1]:.2f}, norms {min(norms):.1f} up")
+        print(f"{activation}: peak {peak:.2f}, losses {losses[0]:.2f} to {losses[-1]:.2f}, norms from {min(norms):.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is skipped, stored once, and explained; training continues."""
+"""A step whose loss or gradient is not finite is skipped, explained and, the first time, stored; training continues."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import pytest
 
 import train
 from gpt2 import GPT2
+from gpt2.language_model import LanguageModel
 from gpt2.training import bad_step, trainer
 from gpt2.training.run import RunFolder, read_log
 from tests.spoiled import spoil_steps
@@ -22,12 +23,12 @@ SPOILED = (
 
 
 def strict_rows(path):
-    """The rows of a log, which must be JSON."""
+    """The rows of a log, which must be strict JSON (without NaN and infinity)."""
 
-    def refuse(text):
+    def reject(text):
         raise AssertionError(f"{text} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in Path(path).read_text().splitlines()]
 
 
 def test_a_skipped_step_is_logged_and_training_continues(workspace, monkeypatch, capsys):
@@ -53,7 +54,7 @@ def test_a_skipped_step_is_logged_and_training_continues(workspace, monkeypatch,
     assert any(not np.array_equal(weights[1][name], weights[2][name]) for name in weights[0])
 
 
-def test_the_first_bad_step_is_stored_completely(workspace, monkeypatch):
+def test_the_first_bad_step_is_stored_with_weights_and_batches(workspace, monkeypatch):
     spoil_steps(monkeypatch, 2, 5)
     run("--max-iters", "8", "--save-interval", "2", "--keep", "9", "--total-batch-size", "96", "--dropout", "0.1")
     assert [path.name for path in Path("out").glob("*bad-step*")] == ["bad-step-3"]
@@ -72,7 +73,7 @@ def test_the_first_bad_step_is_stored_completely(workspace, monkeypatch):
     assert np.mean(losses) == pytest.approx(step.loss, rel=1e-6)
 
 
-def test_a_run_with_a_skipped_step_resumes_identically(workspace, monkeypatch):
+def test_a_run_with_skipped_steps_resumes_bit_identically(workspace, monkeypatch):
     spoil_steps(monkeypatch, 2, 3, 6)
     options = ["--save-interval", "1", "--eval-interval", "1", "--dropout", "0.1"]
     run("--max-iters", "9", "--out-dir", "whole", *options)
@@ -83,14 +84,14 @@ def test_a_run_with_a_skipped_step_resumes_identically(workspace, monkeypatch):
     assert [path.name for path in Path("parts").glob("*bad-step*")] == ["bad-step-3"]
 
 
-def test_the_state_is_that_of_a_run_without_the_step(workspace, monkeypatch):
-    """After a skipped batch, the optimizer's state is as if the batch had not existed."""
+def test_a_skipped_step_does_not_change_the_optimizer_state(workspace, monkeypatch):
+    """The first step is skipped, so all moments are still zero."""
     spoil_steps(monkeypatch, 0, value=np.inf)
     run("--max-iters", "1", "--save-interval", "1")
     assert all(not array.any() for name, array in newest_arrays("out").items() if name.startswith("exp_avg"))
 
 
-def test_too_many_consecutive_bad_steps_end_the_run(workspace, monkeypatch, capsys):
+def test_too_many_consecutive_bad_steps_stop_the_run(workspace, monkeypatch, capsys):
     spoil_steps(monkeypatch, 1, 3, 4, 6, 7, 8)
     run("--max-iters", "4", "--save-interval", "4")
     run("--max-iters", "20", code=1)
@@ -101,7 +102,7 @@ def test_too_many_consecutive_bad_steps_end_the_run(workspace, monkeypatch, caps
     assert [row["step"] for row in read_log(Path("out/log.jsonl"))] == list(range(1, 10))
 
 
-def test_the_number_of_consecutive_bad_steps_is_resumed(workspace, monkeypatch, capsys):
+def test_a_resumed_run_continues_the_count_of_consecutive_bad_steps(workspace, monkeypatch, capsys):
     spoil_steps(monkeypatch, 2, 3)
     run("--max-iters", "3", "--save-interval", "3", "--max-bad-steps", "2")
     run("--max-iters", "6", code=1)
@@ -119,8 +120,9 @@ def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(wor
         return result
 
     monkeypatch.setattr(GPT2, "loss", infinite_once)
+    monkeypatch.setattr(GPT2, "backward", LanguageModel.backward)  # of this loss
     run("--max-iters", "3", "--save-interval", "1", "--keep", "5")
-    assert len(calls) == 2  # the step, and again with checks
+    assert len(calls) == 2  # the step itself, and its repetition with checks
     row = strict_rows("out/log.jsonl")[1]
     assert (row["loss"], row["skipped"]) == (None, True)
     assert np.isfinite(row["grad_norm"])
@@ -129,7 +131,7 @@ def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(wor
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_damaged_model_is_named_where_a_run_starts_from_it(workspace, capsys, value):
+def test_a_run_that_starts_from_a_damaged_model_reports_the_weight(workspace, capsys, value):
     run("--max-iters", "1", "--save-interval", "1")
     arrays = checkpoint.load_arrays(Path("out/ckpt-000001/model.safetensors"))
     name = next(name for name in arrays if name.endswith("h.2.mlp.c_fc.weight"))
@@ -150,7 +152,7 @@ def test_a_learning_rate_that_is_too_high_is_reported(workspace, capsys):
     assert re.search(r"this suggests weights that have grown too large, up to .* in \S+: too high", one_line(capsys))
 
 
-def test_without_enough_disk_space_no_bad_step_is_written(workspace, monkeypatch, capsys):
+def test_a_bad_step_is_not_written_if_disk_space_is_low(workspace, monkeypatch, capsys):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(bad_step.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     spoil_steps(monkeypatch, 2)
@@ -165,15 +167,15 @@ def test_a_disk_error_leaves_no_incomplete_bad_step(workspace, monkeypatch, caps
 
     monkeypatch.setattr(bad_step.checkpoint, "write_json", fail)
     spoil_steps(monkeypatch, 2)
-    with monkeypatch.context() as only_here:
-        only_here.setattr(RunFolder, "save", lambda *given: Path("out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", lambda *given: Path("out"))
         run("--max-iters", "3", "--eval-interval", "0")
     assert "No space left on device" in capsys.readouterr().out
     assert not list(Path("out").glob("*bad-step*"))
     assert not list(Path("out").glob(".bad-step*"))
 
 
-def test_no_memory_for_the_checks_does_not_end_the_run(workspace, monkeypatch, capsys):
+def test_lack_of_memory_for_the_checks_does_not_stop_the_run(workspace, monkeypatch, capsys):
     def too_much(*given):
         raise MemoryError
 
@@ -184,13 +186,13 @@ def test_no_memory_for_the_checks_does_not_end_the_run(workspace, monkeypatch, c
     assert Path("out/bad-step-3").is_dir()
 
 
-def test_a_run_without_a_bad_step_is_not_checked(workspace, monkeypatch):
-    monkeypatch.setattr(bad_step, "Checker", lambda *given: pytest.fail("checked"))
+def test_steps_are_not_checked_if_none_is_bad(workspace, monkeypatch):
+    monkeypatch.setattr(bad_step, "Checker", lambda *given: pytest.fail("a step was checked"))
     run("--max-iters", "3")
     assert not any("skipped" in row for row in rows("out"))
 
 
-def test_a_validation_loss_that_is_not_finite_is_not_the_best(workspace, monkeypatch, capsys):
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(workspace, monkeypatch, capsys):
     mean, calls = trainer.mean_loss, []
 
     def nan_first(*given):
@@ -218,7 +220,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_the_best(workspace, monkeyp
         (bad_step.STEP, "{", "["),
     ],
 )
-def test_a_damaged_folder_is_named(workspace, monkeypatch, file, old, new):
+def test_the_error_for_a_damaged_folder_names_it(workspace, monkeypatch, file, old, new):
     spoil_steps(monkeypatch, 0)
     run("--max-iters", "1")
     path = Path("out/bad-step-1") / file
@@ -230,7 +232,7 @@ def test_a_damaged_folder_is_named(workspace, monkeypatch, file, old, new):
         bad_step.read(path.parent)
 
 
-def test_the_script_prints_every_skipped_step(workspace, monkeypatch, capsys):
+def test_every_skipped_step_is_printed(workspace, monkeypatch, capsys):
     spoil_steps(monkeypatch, 1)
     assert train.main(["--data", "text", "--max-iters", "2", "--eval-interval", "0", "--log-interval", "50"]) == 0
     assert "step 2/2 | skipped" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The defaults of a run: sizes, steps, intervals, the batch of a rank, and early stopping."""
+"""The options that a run chooses: sizes, steps, intervals and the batch per rank; early stopping; a stop signal."""
 
 import json
 import re
@@ -24,10 +24,10 @@ def starts(out="out"):
     return read_log(Path(out) / "starts.jsonl")
 
 
-# Sizes
+# Model sizes
 
 
-def test_own_sizes(workspace, capsys):
+def test_sizes_can_be_set_by_options(workspace, capsys):
     run("--max-iters", "2", *SMALL, "--block-size", "80")
     model = GPT2.from_pretrained("out/ckpt-000002")
     config = model.config
@@ -40,7 +40,7 @@ def test_own_sizes(workspace, capsys):
     assert "a run with --n-embd 16; it cannot be resumed with 32" in capsys.readouterr().err
 
 
-def test_a_shorter_block_keeps_the_context_of_the_preset():
+def test_a_shorter_block_size_does_not_reduce_the_context_of_the_preset():
     assert model_config({"block_size": 16}) == NANO
     assert model_config({"block_size": 65}).n_positions == 65
     with pytest.raises(UsageError, match="--n-embd 130 is not a multiple of --n-head 4; the nearest multiple is 128"):
@@ -56,7 +56,7 @@ def fitted(given, step_tokens=512, data_tokens=10_000_000, config=NANO):
     return {**defaults, **given}, notes
 
 
-def test_a_full_run_of_nano_keeps_its_defaults():
+def test_a_full_run_of_nano_uses_the_defaults_of_its_size():
     options, notes = fitted({})
     assert notes == []
     names = ("max_iters", "warmup_iters", "eval_interval", "save_interval", "log_interval")
@@ -68,7 +68,7 @@ def test_a_full_run_of_nano_keeps_its_defaults():
 
 @pytest.mark.parametrize("preset", ["nano", "gpt2"])
 @pytest.mark.parametrize("steps", [1, 7, 40, 200, 1000, 19_073])
-def test_a_short_run_warms_up_in_a_tenth_of_its_steps_and_is_evaluated(preset, steps):
+def test_a_short_run_has_a_shorter_warm_up_and_is_evaluated(preset, steps):
     options, notes = fitted({"max_iters": steps, "preset": preset}, config=GPT2Config.preset(preset))
     assert options["warmup_iters"] <= steps / 10
     assert 1 <= options["eval_interval"] <= max(1, steps / 5)
@@ -76,19 +76,19 @@ def test_a_short_run_warms_up_in_a_tenth_of_its_steps_and_is_evaluated(preset, s
     assert bool(notes) == (steps < (600 if preset == "nano" else 7150))
 
 
-def test_warm_up_takes_at_most_a_tenth_of_an_explicit_decay():
+def test_warm_up_is_at_most_a_tenth_of_an_explicit_decay():
     options, notes = fitted({"lr_decay_iters": 50})
     assert options["warmup_iters"] == 5
     assert notes == ["--warmup-iters 5 (1/10 of the decay)"]
 
 
-def test_given_options_are_kept():
+def test_explicit_options_are_not_changed():
     given = {"max_iters": 20, "warmup_iters": 15, "eval_interval": 0, "save_interval": 50, "log_interval": 30}
     assert fitted(given)[0].items() >= given.items()
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(159_000, 117), (100, 1), (1_000_000_000, 19_073)])
-def test_fine_tuning_takes_three_epochs(tokens, steps):
+def test_fine_tuning_runs_for_at_most_three_epochs(tokens, steps):
     options, notes = fitted({"init": "gpt2"}, 4096, tokens, GPT2Config.preset("gpt2"))
     assert options["max_iters"] == steps
     assert options["warmup_iters"] <= steps / 10
@@ -111,10 +111,10 @@ def test_fine_tuning_prints_its_defaults_and_resumes_with_them(workspace, capsys
     assert "the run in fine/ is already finished" in capsys.readouterr().out
 
 
-# Before the first step
+# The evaluation before the first step
 
 
-def test_the_validation_loss_before_the_first_step(workspace, capsys):
+def test_fine_tuning_starts_with_an_evaluation(workspace, capsys):
     run("--max-iters", "2", "--out-dir", "base", "--eval-interval", "1")
     run("--max-iters", "2", "--init", "base")
     base, validation = GPT2.from_pretrained("base/ckpt-000002"), TokenDataset.open("data/text", "val")
@@ -132,11 +132,11 @@ def test_the_validation_loss_before_the_first_step(workspace, capsys):
     assert "val_loss" not in starts()[1]
 
 
-# The batch of a rank
+# The batch size per rank
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_a_step_has_the_same_tokens_on_any_number_of_ranks(ranks):
+def test_tokens_per_step_hardly_depend_on_the_number_of_ranks(ranks):
     options = resolve_options({}, NANO)
     note = options.fit_batch({}, ranks)
     sequences = options.total_batch_size // options.block_size
@@ -145,7 +145,7 @@ def test_a_step_has_the_same_tokens_on_any_number_of_ranks(ranks):
     assert (note == "") == (sequences == 16)
 
 
-def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
+def test_the_default_batch_size_divides_the_tokens_per_step():
     given = {"total_batch_size": 64 * 64}
     for ranks, batch, micro in ((1, 16, 4), (2, 16, 2), (16, 4, 1), (64, 1, 1)):
         options = resolve_options(given, NANO)
@@ -169,7 +169,7 @@ def test_a_batch_that_is_not_given_is_fitted_to_the_tokens_per_step():
         (["--max-iters", "40", "--learning-rate", "1e-3"], False),  # requested explicitly
     ],
 )
-def test_a_rate_that_rises_again_is_announced(workspace, capsys, again, rises):
+def test_a_learning_rate_that_rises_again_is_reported(workspace, capsys, again, rises):
     run("--max-iters", "20", "--eval-interval", "20", "--optimizer", "adamw")
     capsys.readouterr()
     assert train.main(again) == 0
@@ -185,7 +185,7 @@ def test_a_rate_that_rises_again_is_announced(workspace, capsys, again, rises):
         assert "--lr-decay-iters 20 keeps it at 3.0e-04" in line[0]
 
 
-def test_a_rate_that_rises_from_0_is_announced_without_a_way_to_keep_it(workspace, capsys):
+def test_a_learning_rate_that_rises_from_0_is_reported(workspace, capsys):
     run("--max-iters", "10")
     assert train.main(["--max-iters", "20"]) == 0
     line = re.search(r"rate       .* ends at step 20; (.*)\n", capsys.readouterr().out)
@@ -196,10 +196,10 @@ def test_a_rate_that_rises_from_0_is_announced_without_a_way_to_keep_it(workspac
     assert [row["lr"] for row in rows("out")[22:]] == [0, 0]
 
 
-# Early stop
+# Early stopping
 
 
-def test_early_stop(workspace, monkeypatch, capsys):
+def test_a_run_stops_early_and_can_be_continued(workspace, monkeypatch, capsys):
     losses = iter([9.0, 5.0, 3.0, 4.0, 3.5, 3.2, 3.1])
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(losses))
     run("--max-iters", "100", "--eval-interval", "2", "--early-stop", "3")
@@ -218,15 +218,15 @@ def test_early_stop(workspace, monkeypatch, capsys):
     ("stop", "step", "best", "expected"),
     [(0, 900, 0, False), (2, 100, 100, False), (2, 200, 100, False), (2, 300, 100, True), (1, 150, 100, False)],
 )
-def test_when_it_stops(stop, step, best, expected):
+def test_condition_for_early_stopping(stop, step, best, expected):
     assert Options(early_stop=stop, eval_interval=100).stops_early(step, best) == expected
 
 
-# A stop within a step
+# A stop request during a step
 
 
 class Stop:
-    """A stop request after some micro-steps."""
+    """Replaces StopRequest: requests a stop after some micro-steps."""
 
     def __init__(self, after):
         self.left = after
@@ -243,7 +243,7 @@ class Stop:
         pass
 
 
-def test_a_stop_drops_the_step_and_the_run_resumes_to_the_same_bits(workspace, monkeypatch, capsys):
+def test_a_stop_during_a_step_drops_the_step_and_the_run_resumes_bit_identically(workspace, monkeypatch, capsys):
     given = ["--max-iters", "6", "--total-batch-size", "128", "--dropout", "0.1", "--eval-interval", "3"]
     run(*given, "--out-dir", "whole")
     for after, steps in ((0, 0), (2, 0), (9, 2), (6, 2)):

@@ -1,4 +1,4 @@
-"""gpt2/training/dataset.py: windows and batches, damaged data, the sample order, and n-gram baselines."""
+"""gpt2/training/dataset.py: windows, batches, damaged data, data of other programs, sample order, n-gram baselines."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from gpt2.training.dataset import FORMAT, MANIFEST, SampleOrder, TokenDataset, b
 
 
 def write_dataset(folder, splits, vocab_size=257, shard_tokens=10):
-    """A data set of these ids, written independently of prepare.py."""
+    """Write a data set with these ids, without using prepare.py."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if vocab_size <= 65536 else "<u4"
     shards = []
@@ -40,7 +40,7 @@ def folder(tmp_path):
     return write_dataset(tmp_path / "set", {"train": np.arange(100, 137), "val": np.arange(5)})
 
 
-def test_reads_across_shards(folder):
+def test_read_crosses_shard_boundaries(folder):
     data = TokenDataset.open(folder, "train")
     assert data.tokens == 37
     assert data.manifest["tokenizer"]["name"] == "x"
@@ -50,13 +50,13 @@ def test_reads_across_shards(folder):
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (30, 8), (38, 0), (3, -1)])
-def test_read_outside(folder, start, count):
+def test_reading_beyond_the_split_is_an_error(folder, start, count):
     with pytest.raises(ValueError, match="outside the 37 tokens of train"):
         TokenDataset.open(folder, "train").read(start, count)
 
 
 @pytest.mark.parametrize("T", [1, 3, 9, 12, 35, 36])
-def test_windows_cover_each_target_once(folder, T):
+def test_windows_contain_each_target_once(folder, T):
     data = TokenDataset.open(folder, "train")
     windows = data.windows(T)
     assert windows == 36 // T
@@ -69,24 +69,24 @@ def test_windows_cover_each_target_once(folder, T):
     assert np.array_equal(targets, tokens + 1)
 
 
-def test_batch_follows_the_indices(folder):
+def test_rows_of_a_batch_are_in_the_order_of_the_indices(folder):
     tokens, _ = TokenDataset.open(folder, "train").batch([2, 0, 2], 4)
     assert tokens[:, 0].tolist() == [108, 100, 108]
 
 
 @pytest.mark.parametrize("bad", [9, -1])
-def test_batch_refuses_a_window_outside(folder, bad):
+def test_a_window_out_of_range_is_an_error(folder, bad):
     with pytest.raises(ValueError, match=f"window {bad} is outside the 9 of train"):
         TokenDataset.open(folder, "train").batch([0, bad], 4)
 
 
-def test_block_size_too_large_shows_the_arithmetic(folder):
+def test_the_error_for_a_large_block_size_states_the_required_tokens(folder):
     with pytest.raises(ValueError, match=r"train has 37 tokens; a block size of 37 requires 37 \+ 1 = 38"):
         TokenDataset.open(folder, "train").windows(37)
 
 
 @pytest.mark.parametrize(("vocab_size", "bytes_each"), [(257, 2), (65536, 2), (65537, 4)])
-def test_width_of_ids(tmp_path, vocab_size, bytes_each):
+def test_bytes_per_id_depend_on_the_vocabulary_size(tmp_path, vocab_size, bytes_each):
     assert token_dtype(vocab_size).itemsize == bytes_each
     ids = [0, vocab_size - 1, 1]
     data = TokenDataset.open(write_dataset(tmp_path / "set", {"train": ids}, vocab_size), "train")
@@ -94,7 +94,7 @@ def test_width_of_ids(tmp_path, vocab_size, bytes_each):
     assert (tmp_path / "set" / "train-00000.bin").stat().st_size == 3 * bytes_each
 
 
-def test_id_outside_the_vocabulary_names_the_shard(tmp_path):
+def test_the_error_for_an_id_outside_the_vocabulary_names_the_shard(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [*range(15), 257, 3]})
     data = TokenDataset.open(folder, "train")
     assert data.read(0, 15).tolist() == list(range(15))
@@ -138,7 +138,7 @@ def flip_a_byte(folder):
         (flip_a_byte, "train-00002.bin: the shard's checksum differs"),
     ],
 )
-def test_damage_is_named_in_one_line(folder, damage, message):
+def test_damage_is_reported_in_one_line(folder, damage, message):
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         TokenDataset.open(folder, "train")
@@ -147,11 +147,11 @@ def test_damage_is_named_in_one_line(folder, damage, message):
 
 def test_a_large_split_is_not_hashed(folder, monkeypatch):
     flip_a_byte(folder)
-    monkeypatch.setattr(dataset, "CHECKED_BYTES", 73)  # the split has 74
+    monkeypatch.setattr(dataset, "CHECKED_BYTES", 73)  # the split has 74 bytes
     assert TokenDataset.open(folder, "train").tokens == 37
 
 
-def test_unknown_split(folder):
+def test_an_unknown_split_is_an_error(folder):
     with pytest.raises(ValueError, match="split is 'test'; expected one of train, val"):
         TokenDataset.open(folder, "test")
 
@@ -172,7 +172,7 @@ def test_find_dataset(tmp_path, monkeypatch):
         find_dataset("nine")
 
 
-# Shards of other programs.
+# Data of other programs.
 
 
 def llmc_header(tokens, magic=20240520, version=1):
@@ -207,7 +207,7 @@ KINDS = [nanogpt, build_nanogpt, llmc, llmc_small]
 
 
 @pytest.mark.parametrize("write", KINDS)
-def test_shards_of_other_programs(tmp_path, monkeypatch, write):
+def test_data_of_other_programs_is_read(tmp_path, monkeypatch, write):
     train, val = np.random.default_rng(0).integers(0, 50257, 5001), np.arange(50200, 50257)
     folder = tmp_path / "data" / "theirs"
     folder.mkdir(parents=True)
@@ -224,14 +224,14 @@ def test_shards_of_other_programs(tmp_path, monkeypatch, write):
 
 
 @pytest.mark.parametrize("write", KINDS)
-def test_their_tokenizer_is_gpt2s(gpt2_files, tmp_path, write):
+def test_data_of_other_programs_has_the_gpt2_tokenizer(gpt2_files, tmp_path, write):
     write(tmp_path, np.arange(9), np.arange(9))
     tokenizer = TokenDataset.open(tmp_path, "train").tokenizer()
     assert (tokenizer.name, tokenizer.end_of_text) == ("gpt2", 50256)
 
 
-def test_their_fingerprint_samples(tmp_path):
-    """It covers the first, the last and some other ids, but not the folder or the file names."""
+def test_fingerprint_of_data_of_other_programs(tmp_path):
+    """The fingerprint covers the first, the last and some other ids, but not the names of folder and files."""
     ids = np.random.default_rng(0).integers(0, 50257, 200_000)
 
     def fingerprint(name, ids, write=build_nanogpt):
@@ -249,7 +249,7 @@ def test_their_fingerprint_samples(tmp_path):
     assert fingerprint("f", ids[:-2]) != first
 
 
-def test_their_ids_are_checked_as_they_are_read(tmp_path):
+def test_ids_of_other_programs_are_checked_when_they_are_read(tmp_path):
     nanogpt(tmp_path, [1, 2, 3, 4, 60000], [1])
     data = TokenDataset.open(tmp_path, "train")
     assert data.read(0, 4).tolist() == [1, 2, 3, 4]
@@ -303,7 +303,7 @@ THREE = np.arange(3, dtype="<u2")
         (write_bytes("val.bin", THREE.tobytes()), "no file of the split train; expected train.bin, *_train_*.bin or"),
     ],
 )
-def test_damage_to_their_files_is_named_in_one_line(tmp_path, damage, message):
+def test_damaged_files_of_other_programs_are_reported_in_one_line(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         TokenDataset.open(tmp_path, "train")
@@ -313,7 +313,7 @@ def test_damage_to_their_files_is_named_in_one_line(tmp_path, damage, message):
 
 
 @pytest.mark.filterwarnings("ignore")  # Python's warnings about damaged headers
-def test_any_damage_to_a_header_is_a_value_error_or_harmless(tmp_path):
+def test_damage_to_a_header_raises_value_error_or_is_harmless(tmp_path):
     rng, said = np.random.default_rng(0), set()
     for write, name in ((build_nanogpt, "edufineweb_train_000001.npy"), (llmc_small, "tiny_shakespeare_train.bin")):
         folder = tmp_path / write.__name__
@@ -334,7 +334,7 @@ def test_any_damage_to_a_header_is_a_value_error_or_harmless(tmp_path):
     assert not any("\n" in line for line in said)
 
 
-def test_a_manifest_and_a_vocabulary_that_disagree(tmp_path):
+def test_manifest_and_vocabulary_must_have_the_same_tokenizer(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [1, 2]})
     Tokenizer.load("bytes").save(folder)
     with pytest.raises(ValueError, match=r"manifest.json and vocabulary.json have different tokenizers"):
@@ -347,7 +347,7 @@ def test_a_manifest_and_a_vocabulary_that_disagree(tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
-def test_each_sample_once_per_epoch(n):
+def test_each_sample_occurs_once_per_epoch(n):
     order = SampleOrder(n, seed=3)
     epochs = order.indices(0, 5 * n).reshape(5, n)
     assert np.array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), (5, n)))
@@ -356,8 +356,8 @@ def test_each_sample_once_per_epoch(n):
         assert not np.array_equal(epochs[0], SampleOrder(n, seed=4).indices(0, n))
 
 
-def test_any_split_sees_the_same_samples():
-    """Micro-steps, ranks and restarts divide the sequence of positions differently, but the samples are the same."""
+def test_sample_order_does_not_depend_on_how_positions_are_divided():
+    """Micro-steps, ranks and restarts divide the sequence of positions, but do not change its samples."""
     n, total = 13, 200
     whole = SampleOrder(n, seed=8).indices(0, total)
     rng = np.random.default_rng(0)
@@ -372,14 +372,14 @@ def test_any_split_sees_the_same_samples():
         assert np.array_equal(seen, whole)
 
 
-def test_no_samples_is_an_error_and_no_positions_is_not():
+def test_zero_samples_is_an_error_but_zero_positions_is_not():
     with pytest.raises(ValueError, match="n is 0"):
         SampleOrder(0, seed=0)
     assert SampleOrder(3, seed=0).indices(2, 0).tolist() == []
 
 
-def test_order_is_pinned():
-    """Resumed runs rely on it: the order must not change between versions of this code."""
+def test_sample_order_is_pinned():
+    """Resumed runs rely on the order, so it must not change between versions of this code."""
     assert SampleOrder(8, seed=0).indices(0, 16).tolist() == [3, 6, 4, 0, 7, 5, 2, 1, 2, 5, 7, 6, 0, 3, 1, 4]
 
 
@@ -399,7 +399,7 @@ def naive_baselines(train, val, V):
     return {"unigram": unigram / (len(val) - 1), "bigram": bigram / (len(val) - 1)}
 
 
-def test_baselines_equal_counting_by_hand(tmp_path):
+def test_baselines_agree_with_a_naive_implementation(tmp_path):
     rng = np.random.default_rng(1)
     train, val = (rng.integers(0, 12, size) ** 2 % 12 for size in (900, 150))
     folder = write_dataset(tmp_path / "set", {"train": train, "val": val}, vocab_size=12, shard_tokens=400)
@@ -407,7 +407,7 @@ def test_baselines_equal_counting_by_hand(tmp_path):
     assert got == pytest.approx(naive_baselines(train.tolist(), val.tolist(), 12), rel=1e-12)
 
 
-def test_baselines_of_a_large_vocabulary_have_no_pairs(tmp_path):
+def test_a_large_vocabulary_has_no_bigram_baseline(tmp_path):
     train, val = [5, 6, 7, 6], [6, 6, 4999]
     folder = write_dataset(tmp_path / "set", {"train": train, "val": val}, vocab_size=5000)
     got = baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))
@@ -415,7 +415,7 @@ def test_baselines_of_a_large_vocabulary_have_no_pairs(tmp_path):
 
 
 def test_baselines_count_the_pair_between_chunks(tmp_path):
-    """More than two chunks of constant ids: every pair is the same, so the count is exact."""
+    """The ids are constant and fill more than two chunks. All pairs are equal, so the exact count is known."""
     tokens = (1 << 22) + 3
     ids = np.zeros(tokens, dtype=np.uint16)
     folder = write_dataset(tmp_path / "set", {"train": ids, "val": ids[:9]}, vocab_size=2, shard_tokens=tokens)
@@ -423,7 +423,7 @@ def test_baselines_count_the_pair_between_chunks(tmp_path):
     assert got["bigram"] == pytest.approx(-math.log(tokens / (tokens + 1)), rel=1e-6)
 
 
-def test_baselines_need_a_target(tmp_path):
+def test_baselines_need_at_least_two_tokens(tmp_path):
     folder = write_dataset(tmp_path / "set", {"train": [1, 2], "val": [1]})
     with pytest.raises(ValueError, match="the split val has 1 token; expected at least 2"):
         baselines(TokenDataset.open(folder, "train"), TokenDataset.open(folder, "val"))

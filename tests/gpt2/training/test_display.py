@@ -1,4 +1,4 @@
-"""gpt2/training/display.py: the lines that a run prints, and output errors, which must not end it."""
+"""gpt2/training/display.py: the lines that a run prints, and output errors, which must not stop it."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_a_terminal_that_fails_does_not_stop_a_run(workspace, screen):
         process.wait(60)
     else:
         error = process.communicate(timeout=60)[1]
-    error = re.sub(rb"compiling kernels .*\n", b"", error)  # where they are not cached on disk yet
+    error = re.sub(rb"compiling kernels .*\n", b"", error)  # printed if they are not cached yet
     assert (process.returncode, error) == (0, b"")
     assert checkpoint.newest(Path("out"))[0].name == "ckpt-000008"
 
@@ -43,7 +43,7 @@ def test_a_busy_machine_is_reported(workspace, capsys, monkeypatch):
     assert capsys.readouterr().out.count(line) == 1
 
 
-def test_the_opening_lines(workspace, capsys, monkeypatch):
+def test_opening_lines_of_a_run(workspace, capsys, monkeypatch):
     monkeypatch.setattr(machine, "load_average", lambda: 0.0)
     run("--max-iters", "4", "--total-batch-size", "96", "--warmup-iters", "2", "--threads", "1", "--device", "cpu")
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:11])
@@ -70,14 +70,14 @@ def test_the_opening_lines(workspace, capsys, monkeypatch):
         ("wsd", 100, "warm-up to 1.0e-03 over 100 steps; this run ends earlier, at 1.0e-04"),
     ],
 )
-def test_the_schedule_in_words(schedule, warmup, text):
+def test_the_schedule_is_described_in_words(schedule, warmup, text):
     rates = {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": warmup, "lr_decay_iters": 10}
     options = Options(lr_schedule=schedule, max_iters=10, **rates)
     assert describe_schedule(options) == text
 
 
 class Ids:
-    """A text with the interface of TokenDataset."""
+    """The ids of a text, with the interface of TokenDataset."""
 
     def __init__(self, tokenizer, text):
         text, end, _ = text.partition("<|endoftext|>")
@@ -102,7 +102,7 @@ class Ids:
         ("cut\nWörter mit Umlauten sind erlaubt\n", "Wörter mit Umlauten"),
     ],
 )
-def test_the_suggested_prompt_is_from_the_data(text, prompt):
+def test_the_suggested_prompt_is_taken_from_the_data(text, prompt):
     tokenizer = Tokenizer.load("bytes")
     assert suggested_prompt(Ids(tokenizer, text), tokenizer) == prompt
 
@@ -114,7 +114,7 @@ def test_a_prompt_in_a_command_is_quoted():
 
 
 class Clock:
-    """A Trainer, as far as StepLines needs it, of steps with given durations."""
+    """Provides the parts of Trainer that StepLines uses, for steps with given durations."""
 
     def __init__(self, max_iters, log_interval, first_step=1):
         self.options = Options(max_iters=max_iters, log_interval=log_interval)
@@ -124,7 +124,7 @@ class Clock:
         return self.now
 
     def run(self, seconds):
-        """Print the lines of steps that take these times."""
+        """Print the lines of steps with these durations."""
         lines = display.StepLines(self)
         row = {"loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "seconds": 1.0, "comm_seconds": 0, "tokens_per_s": 1.0}
         for i, duration in enumerate(seconds):
@@ -136,7 +136,7 @@ def printed_steps(capsys):
     return [line.split()[1] + line.partition(" tok/s")[2] for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_estimated_time_leaves_out_the_first_step(capsys):
+def test_the_estimated_time_excludes_the_first_step(capsys):
     Clock(max_iters=10, log_interval=4).run([500, 1, 1, 1, 1, 1, 1, 1, 1, 1])
     assert printed_steps(capsys) == ["1/10", "4/10 | eta 0:06", "8/10 | eta 0:02", "10/10 | eta 0:00"]
 
@@ -148,7 +148,7 @@ def test_slow_steps_are_printed_every_30_seconds(capsys):
     assert len(printed_steps(capsys)) == 3
 
 
-def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
+def test_a_sample_is_wrapped_and_an_empty_sample_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     say_sample(1.5, True, "one two three four five six\x1b seven")
     say_sample(1.5, False, "")
@@ -162,7 +162,7 @@ def test_a_sample_is_wrapped_and_never_blank(capsys, monkeypatch):
     ]
 
 
-def test_the_command_is_the_one_that_was_typed(monkeypatch):
+def test_the_typed_command_is_reconstructed(monkeypatch):
     monkeypatch.setattr(display.sys, "orig_argv", ["python3", "train.py", "--data", "a b"])
     assert typed_command(None, 1) == "python3 train.py --data 'a b'"
     assert typed_command(["--max-iters", "3"], 1) == "python train.py --max-iters 3"

@@ -1,4 +1,4 @@
-"""gpt2/training/evaluation.py: losses and bits per byte by hand, and sums over parts."""
+"""gpt2/training/evaluation.py: losses and bits per byte compared with known values, and sums over ranks."""
 
 import math
 
@@ -25,7 +25,7 @@ def user(folder, monkeypatch):
     return folder
 
 
-def test_mean_loss_counts_every_window_alike(folder):
+def test_mean_loss_weights_all_windows_equally(folder):
     model, data = make_model(257), TokenDataset.open(folder / "data" / "text", "val")
     with no_grad():
         losses = [model.loss(*data.batch([i], 16)).item() for i in range(7)]
@@ -40,7 +40,7 @@ def test_mean_loss_counts_every_window_alike(folder):
 
 
 class Both(SoloComm):
-    """Two ranks, one after the other: the second adds its values to those that the first has gathered."""
+    """Simulates two ranks that run one after the other: the second one gathers the values of both."""
 
     size = 2
 
@@ -52,7 +52,7 @@ class Both(SoloComm):
         return np.stack(self.gathered)
 
 
-def test_ranks_share_an_evaluation(user):
+def test_an_evaluation_is_divided_among_ranks(user):
     model, tokenizer = make_model(257), Tokenizer.load("bytes")
     data, whole, parts = TokenDataset.open(user / "data" / "text", "val"), Both(), Both()
     for rank in range(2):
@@ -66,8 +66,8 @@ def test_ranks_share_an_evaluation(user):
 
 
 @pytest.mark.parametrize("name", ["text", "pairs"])
-def test_bits_per_byte_by_hand(name, folder):
-    """If all tokens are equally probable, each costs log2(V) bits; the bytes are those of the text."""
+def test_bits_per_byte_of_uniform_probabilities(name, folder):
+    """If all tokens are equally probable, each costs log2(V) bits; the bytes are those of the decoded text."""
     data = TokenDataset.open(folder / "data" / name, "val")
     tokenizer = Tokenizer.load(folder / "data" / name)
     V = tokenizer.vocab_size
@@ -85,7 +85,7 @@ def test_bits_per_byte_by_hand(name, folder):
     }
 
 
-def test_the_first_batches_only(folder):
+def test_the_number_of_batches_can_be_limited(folder):
     data, tokenizer = TokenDataset.open(folder / "data" / "text", "val"), Tokenizer.load("bytes")
     model = make_model(257)
     figures = evaluate_data(model, tokenizer, data, 3, 8, batches=2)
@@ -93,14 +93,14 @@ def test_the_first_batches_only(folder):
     assert figures["loss"] == pytest.approx(mean_loss(model, data, 3, 8, 2), rel=1e-6)
 
 
-def test_data_of_another_tokenizer_is_rejected(folder):
+def test_data_with_another_tokenizer_is_rejected(folder):
     with pytest.raises(ValueError, match=r"pairs: prepared with the tokenizer ab; expected the model's, bytes"):
         evaluate_data(
             make_model(257), Tokenizer.load("bytes"), TokenDataset.open(folder / "data" / "pairs", "val"), 2, 8
         )
 
 
-def test_shards_of_another_program_have_gpt2s_tokenizer(gpt2_files, tmp_path):
+def test_data_of_another_program_is_evaluated_with_the_gpt2_tokenizer(gpt2_files, tmp_path):
     gpt2 = Tokenizer.load("gpt2")
     gpt2.encode(TEXT).astype("<u2").tofile(tmp_path / "val.bin")
     data = TokenDataset.open(tmp_path, "val")

@@ -1,4 +1,4 @@
-"""gpt2/training/exchange.py: a run of train.py resumes in nanoGPT, and one of nanoGPT in train.py."""
+"""gpt2/training/exchange.py: runs of train.py can be resumed by nanoGPT, and runs of nanoGPT by train.py."""
 
 import json
 
@@ -26,7 +26,7 @@ NANOGPT = {  # settings in nanoGPT's train.py
 }  # fmt: skip
 
 
-def to(form, source, target):
+def convert_to(form, source, target):
     assert convert.main([str(source), str(target), "--to", form]) == 0
 
 
@@ -34,8 +34,8 @@ def test_a_run_resumes_after_conversion_to_a_pytorch_file_and_back(workspace):
     """Losses, weights and moments are bit-identical to a run that was not converted."""
     for out in ("a", "b"):
         run(*SHORT, "--out-dir", out)
-    to("pt", "b", "b.pt")
-    to("run", "b.pt", "c")
+    convert_to("pt", "b", "b.pt")
+    convert_to("run", "b.pt", "c")
     assert newest_arrays("b").keys() == newest_arrays("c").keys()
     for name, array in newest_arrays("b").items():
         assert np.array_equal(array, newest_arrays("c")[name]), name
@@ -47,9 +47,9 @@ def test_a_run_resumes_after_conversion_to_a_pytorch_file_and_back(workspace):
     assert_same_run("a", "c")
 
 
-def test_the_file_has_what_nanogpt_reads(workspace):
+def test_the_file_contains_the_entries_that_nanogpt_reads(workspace):
     run(*SHORT, "--out-dir", "a")
-    to("pt", "a", "a.pt")
+    convert_to("pt", "a", "a.pt")
     tree = torch_file.read_pickle(workspace / "a.pt")
     saved = RunFolder("a").newest(print)
     assert (tree["iter_num"], tree["best_val_loss"]) == (4, saved.progress.best["val_loss"])
@@ -60,7 +60,7 @@ def test_the_file_has_what_nanogpt_reads(workspace):
 
 @pytest.fixture
 def from_nanogpt(workspace):
-    """A checkpoint in the format of compiled nanoGPT, and its model and state."""
+    """A checkpoint as nanoGPT writes it with --compile, and its model and state."""
     model = random_model(activation_function="gelu", n_positions=32)
     for parameter in model.parameters():
         parameter.data = parameter.data * 0.1
@@ -73,7 +73,7 @@ def from_nanogpt(workspace):
 
 def test_a_nanogpt_checkpoint_is_resumed(from_nanogpt, workspace, capsys):
     model, before = from_nanogpt
-    to("run", "ckpt.pt", "out")
+    convert_to("run", "ckpt.pt", "out")
     saved = RunFolder("out").newest(print)
     assert (saved.progress.step, saved.optimizer_steps, saved.data) == (7, 6, UNKNOWN_DATA)
     assert saved.progress.best == {"step": 7, "val_loss": 1.5}
@@ -108,7 +108,7 @@ def test_a_file_without_optimizer_state_is_not_a_run(workspace, capsys):
 
 def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
     run("--max-iters", "4", "--out-dir", "a")
-    to("pt", "a", "a.pt")
+    convert_to("pt", "a", "a.pt")
     assert (
         "the state of the run was not converted: a/ckpt-000004: its optimizer is muon; nanoGPT supports only AdamW"
         in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_another_optimizer_is_not_written_to_a_pytorch_file(workspace, capsys):
     assert "optimizer" not in torch_file.read_pickle(workspace / "a.pt")
 
 
-def test_options_that_train_py_does_not_take_are_rejected(from_nanogpt, workspace, capsys):
+def test_invalid_options_are_rejected(from_nanogpt, workspace, capsys):
     tree = torch_file.read_pickle(workspace / "ckpt.pt")
     torch_file.write_pickle(workspace / "bad.pt", tree | {"config": NANOGPT | {"beta1": 0.9, "max_iters": -3}})
     assert convert.main(["bad.pt", "out", "--to", "run"]) == 1
@@ -127,7 +127,7 @@ def test_options_that_train_py_does_not_take_are_rejected(from_nanogpt, workspac
 
 
 def torch_model(config):
-    """The parameters of nanoGPT's model, with its names and in its order."""
+    """A module with the parameters of nanoGPT's model, in the same order and with the same names."""
     from torch import nn
 
     C = config.n_embd
@@ -155,7 +155,7 @@ def torch_optimizer(model):
 
 
 def assert_one_step_is_equal(folder, theirs, optimizer):
-    """Our checkpoint and theirs give the same gradients, then the same parameters to 1e-6."""
+    """Assert that one step with the same gradients gives the same parameters in both programs, up to 1e-6."""
     import torch
 
     ours = GPT2.from_pretrained(folder)
@@ -182,12 +182,12 @@ def assert_one_step_is_equal(folder, theirs, optimizer):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_nanogpts_resume_takes_the_same_step(workspace):
-    """torch.load, load_state_dict of the model and of the optimizer, and one step, as `--init_from=resume` does it."""
+def test_nanogpt_resumes_a_run_with_the_same_step(workspace):
+    """Loads the checkpoint as nanoGPT's `--init_from=resume` does, and compares one step."""
     import torch
 
     run(*SHORT, "--out-dir", "a")
-    to("pt", "a", "a.pt")
+    convert_to("pt", "a", "a.pt")
     tree = torch.load(workspace / "a.pt", weights_only=True)
     folder = find_model(workspace / "a", print)
     theirs = torch_model(GPT2.from_pretrained(folder).config)
@@ -199,8 +199,8 @@ def test_nanogpts_resume_takes_the_same_step(workspace):
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
-def test_a_checkpoint_that_pytorch_wrote_takes_the_same_step(workspace):
-    """Three steps in PyTorch, torch.save, and one more step in each program."""
+def test_a_checkpoint_written_by_pytorch_resumes_with_the_same_step(workspace):
+    """Trains for three steps in PyTorch, saves with torch.save, and compares one more step."""
     import torch
 
     torch.manual_seed(0)
@@ -214,12 +214,12 @@ def test_a_checkpoint_that_pytorch_wrote_takes_the_same_step(workspace):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 16, "bias": True, "vocab_size": 257, "dropout": 0.0}
     entries = {"iter_num": 3, "best_val_loss": torch.tensor(5.5), "model_args": sizes, "config": NANOGPT}
     torch.save({"model": theirs.state_dict(), "optimizer": optimizer.state_dict(), **entries}, "ckpt.pt")
-    to("run", "ckpt.pt", "out")
+    convert_to("run", "ckpt.pt", "out")
     assert RunFolder("out").newest(print).progress.best == {"step": 3, "val_loss": 5.5}
     assert_one_step_is_equal(find_model(workspace / "out", print), theirs, optimizer)
 
 
-def test_read_run_needs_the_files_of_a_run(workspace):
+def test_read_run_reads_a_checkpoint_and_rejects_invalid_files(workspace):
     run(*SHORT, "--out-dir", "a")
     folder = find_model(workspace / "a", print)
     found = read_run(folder, GPT2.from_pretrained(folder).config)

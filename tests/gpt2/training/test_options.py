@@ -14,7 +14,7 @@ def given(*argv):
     return parse_options(argv, "")
 
 
-def rejected(capsys, *argv):
+def error_of(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         given(*argv)
     assert end.value.code == 2
@@ -37,7 +37,7 @@ def example(f):
 
 
 @pytest.mark.parametrize("f", [f for f in fields(Options) if f.type != "bool"], ids=lambda f: f.name)
-def test_every_option_has_both_spellings_and_a_place_in_a_file(f, tmp_path):
+def test_every_option_has_both_spellings_and_can_be_set_in_a_file(f, tmp_path):
     text = example(f)
     value = f.metadata["kind"](text)
     assert given(flag(f.name), text) == given("--" + f.name, text) == given(f"{flag(f.name)}={text}") == {f.name: value}
@@ -48,7 +48,7 @@ def test_every_option_has_both_spellings_and_a_place_in_a_file(f, tmp_path):
         assert given("--config", str(file)) == {f.name: value}
 
 
-def test_a_file_with_a_byte_order_mark(tmp_path):
+def test_a_byte_order_mark_in_a_file_is_ignored(tmp_path):
     (tmp_path / "options.toml").write_bytes(b"\xef\xbb\xbfmax-iters = 7\r\n")
     assert given("--config", str(tmp_path / "options.toml")) == {"max_iters": 7}
 
@@ -62,7 +62,7 @@ def test_options_that_other_code_relies_on_exist():
     assert set(names.split()) <= {f.name for f in fields(Options)}
 
 
-def test_the_command_line_overrides_the_file_and_the_file_overrides_the_recipe(tmp_path):
+def test_command_line_overrides_file_and_file_overrides_recipe(tmp_path):
     file = tmp_path / "options.toml"
     file.write_text('recipe = "modern"\nlearning_rate = 1e-3\nbeta2 = 0.9\nmax-iters = 5\nfresh = true\n')
     options = resolve_options(given("--config", str(file), "--beta2", "0.99"), SMALL)
@@ -81,7 +81,10 @@ def test_an_integer_in_a_file_is_accepted_as_a_float(tmp_path):
     [
         (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
         (["--learning_rat=3"], "unknown option --learning-rat=3; did you mean --learning-rate?"),
-        (["--batch", "3"], "unknown option --batch;"),  # no abbreviations, as new options could change old commands
+        (
+            ["--batch", "3"],
+            "unknown option --batch;",
+        ),  # no abbreviations: new options could make them ambiguous
         (["--nonsense"], "unknown option --nonsense ("),
         (["nonsense"], "unexpected argument 'nonsense' ("),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
@@ -101,8 +104,8 @@ def test_an_integer_in_a_file_is_accepted_as_a_float(tmp_path):
         (["--device", "tpu"], "--device is tpu; expected auto, cpu, cuda"),
     ],
 )
-def test_a_wrong_option_gets_one_line(capsys, argv, message):
-    assert message in rejected(capsys, *argv)
+def test_an_invalid_option_prints_one_line(capsys, argv, message):
+    assert message in error_of(capsys, *argv)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +122,17 @@ def test_a_wrong_option_gets_one_line(capsys, argv, message):
         ("import os", "not valid TOML"),
     ],
 )
-def test_a_wrong_file_gets_one_line(capsys, tmp_path, text, message):
+def test_an_invalid_file_prints_one_line(capsys, tmp_path, text, message):
     file = tmp_path / "options.toml"
     file.write_text(text)
-    assert message in rejected(capsys, "--config", str(file))
+    assert message in error_of(capsys, "--config", str(file))
 
 
-def test_a_missing_file_gets_one_line(capsys):
-    assert "nowhere.toml: No such file" in rejected(capsys, "--config", "nowhere.toml")
+def test_a_missing_file_prints_one_line(capsys):
+    assert "nowhere.toml: No such file" in error_of(capsys, "--config", "nowhere.toml")
 
 
-def test_the_recipes_are_the_published_ones():
+def test_recipes_have_the_published_values():
     paper, modern = (resolve_options({"recipe": name, "preset": "gpt2"}, SMALL) for name in ("paper", "modern"))
     assert (paper.learning_rate, paper.weight_decay, paper.dropout) == (2.5e-4, 0.01, 0.1)
     assert (paper.total_batch_size, paper.block_size) == (512 * 1024, 1024)
@@ -139,13 +142,13 @@ def test_the_recipes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_fits_a_model_with_a_shorter_context(recipe):
+def test_a_recipe_is_adapted_to_a_shorter_context(recipe):
     options = resolve_options({"recipe": recipe}, NANO)
     assert options.block_size == NANO.n_positions
     assert options.total_batch_size == 512 * NANO.n_positions
 
 
-def test_implied_options():
+def test_defaults_that_depend_on_other_options():
     nano, small = resolve_options({}, NANO), resolve_options({"preset": "gpt2"}, SMALL)
     assert (nano.block_size, small.block_size) == (NANO.n_positions, 1024)
     assert nano.lr_decay_iters == nano.max_iters
@@ -177,7 +180,7 @@ EARLIER = ("cosine", 3e-3, 3e-4, 100, 3000, 500)  # the defaults of small models
         ({"optimizer": "muon"}, SMALL, ("muon", "cosine", 6e-4, 6e-5, 715, 19_073, 250)),
     ],
 )
-def test_the_defaults_depend_on_the_size_the_optimizer_the_recipe_and_init(given, config, expected):
+def test_defaults_depend_on_size_optimizer_recipe_and_init(given, config, expected):
     options = resolve_options(given, config)
     assert tuple(getattr(options, name) for name in CHOSEN) == pytest.approx(expected)
 
@@ -190,8 +193,9 @@ def test_the_defaults_depend_on_the_size_the_optimizer_the_recipe_and_init(given
         ("wsd", [0.1, 0.5, 1.0, 1.0, 1.0, 0.0]),
     ],
 )
-def test_the_learning_rate_of_each_schedule(schedule, rates):
-    """In the warm-up (10 steps), at a quarter, a half and three quarters of the decay to step 110, and at its end."""
+def test_learning_rates_of_each_schedule(schedule, rates):
+    """Checks two steps of the warm-up (10 steps), and a quarter, half, three quarters and the end of the decay (to step
+    110)."""
     options = Options(lr_schedule=schedule, learning_rate=1.0, min_lr=0.0, warmup_iters=10, lr_decay_iters=110)
     assert [options.learning_rate_at(step) for step in (0, 4, 35, 60, 85, 110)] == pytest.approx(rates)
     assert options.learning_rate_at(9) == options.learning_rate_at(10) == 1.0

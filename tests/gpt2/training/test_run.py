@@ -1,4 +1,4 @@
-"""gpt2/training/run.py: the folder of a run: what is kept, locked, renamed, passed over where damaged, and logged."""
+"""gpt2/training/run.py: the folder of a run: checkpoints to keep, the lock, renaming, damaged files, and the log."""
 
 import ast
 import errno
@@ -29,7 +29,7 @@ from tests.training_runs import QUICK, ROOT, assert_same_run, one_line, rows, ru
 from tinygrad2 import checkpoint, files, optim
 
 
-def test_killed_in_the_middle_nothing_is_lost(workspace):
+def test_a_killed_run_resumes_from_its_last_checkpoint(workspace):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -55,8 +55,8 @@ def test_killed_in_the_middle_nothing_is_lost(workspace):
     assert [row["step"] for row in rows("out")] == list(range(1, 13))
 
 
-def test_newest_best_and_the_last_few_are_kept(workspace, monkeypatch):
-    values = iter([2.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # before the first step there is no checkpoint
+def test_the_best_and_the_newest_checkpoints_are_kept(workspace, monkeypatch):
+    values = iter([2.0, 5.0, 3.0, 4.0, 6.0, 7.0])  # the first is before training, when there is no checkpoint
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "10", "--eval-interval", "2", "--save-interval", "2", "--keep", "2")
     assert sorted(path.name for path in Path("out").glob("ckpt-*")) == ["ckpt-000004", "ckpt-000008", "ckpt-000010"]
@@ -64,7 +64,7 @@ def test_newest_best_and_the_last_few_are_kept(workspace, monkeypatch):
     GPT2.from_pretrained("out/best")
 
 
-def test_fresh_renames_and_never_deletes(workspace, capsys):
+def test_fresh_renames_the_folder_and_deletes_nothing(workspace, capsys):
     run("--max-iters", "2")
     before = Path("out/log.jsonl").read_text()
     run("--max-iters", "3", "--fresh")
@@ -75,7 +75,7 @@ def test_fresh_renames_and_never_deletes(workspace, capsys):
     assert len(rows("out")) == 3
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(workspace, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(workspace, capsys):
     run("--max-iters", "6", "--save-interval", "3", "--out-dir", "whole")
     run("--max-iters", "6", "--save-interval", "3")
     weights = Path("out/ckpt-000006/model.safetensors")
@@ -84,11 +84,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(workspace, capsys
     run("--max-iters", "6", "--save-interval", "3")
     said = capsys.readouterr().out
     assert "skipping a damaged checkpoint: out/ckpt-000006/model.safetensors" in said
-    assert "resuming from out/ckpt-000004" in said  # the evaluation at step 4 was the best: saved too
+    assert "resuming from out/ckpt-000004" in said  # saved because its evaluation was the best
     assert_same_run("whole", "out")
 
 
-def test_a_damaged_checkpoint_is_renamed_and_never_counts_as_the_newest(workspace):
+def test_a_damaged_checkpoint_is_renamed_and_does_not_count_as_the_newest(workspace):
     run("--max-iters", "6", "--save-interval", "2", "--keep", "3")
     damaged = Path("out/ckpt-000006/model.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -123,7 +123,7 @@ def test_a_checkpoint_with_an_option_of_earlier_versions_is_resumed(workspace):
         "\xff",
     ],
 )
-def test_a_checkpoint_without_a_valid_state_is_passed_over(workspace, capsys, state):
+def test_a_checkpoint_without_a_valid_state_is_skipped(workspace, capsys, state):
     run("--max-iters", "4", "--save-interval", "2")
     file = Path("out/ckpt-000004/trainer.json")
     file.write_text(state)
@@ -132,19 +132,19 @@ def test_a_checkpoint_without_a_valid_state_is_passed_over(workspace, capsys, st
     assert "resuming from out/ckpt-000002, step 2" in capsys.readouterr().out
 
 
-def test_two_runs_do_not_share_a_folder(workspace, capsys):
+def test_two_runs_cannot_use_the_same_folder(workspace, capsys):
     run("--max-iters", "2")
     with files.Lock(Path("out/.lock"), "out"):
         for more in ([], ["--fresh"], ["--max-iters", "2"]):
             run("--max-iters", "4", *more, code=1)
             assert f"out/.lock: process {os.getpid()} on {socket.gethostname()}, started " in one_line(capsys)
         assert len(rows("out")) == 2
-    Path("out/.lock").write_text("1")  # as earlier versions left it
+    Path("out/.lock").write_text("1")  # a stale lock of an earlier version
     run("--max-iters", "4")
     assert not Path("out/.lock").exists()
 
 
-def test_the_folder_is_taken_before_its_checkpoints_are_read(workspace, monkeypatch):
+def test_the_folder_is_locked_before_its_checkpoints_are_read(workspace, monkeypatch):
     run("--max-iters", "2")
     found = []
     find = checkpoint.find
@@ -159,7 +159,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(workspace):
     assert not Path("out").exists()
 
 
-def test_a_folder_that_is_removed_while_training_is_made_again(workspace, monkeypatch, capsys):
+def test_a_folder_that_is_removed_during_training_is_recreated(workspace, monkeypatch, capsys):
     move = {4: lambda: Path("out").rename("moved"), 9: lambda: shutil.rmtree("out")}
     learning_rate_at = Options.learning_rate_at
 
@@ -179,7 +179,7 @@ def test_a_folder_that_is_removed_while_training_is_made_again(workspace, monkey
 
 
 def killed_at(place, name, *options):
-    """A run that ends without any clean-up at the first call of a function since it began to save."""
+    """Run with these options in a fork that exits without cleanup at the first call of `name` after a save started."""
     save = RunFolder.save
 
     def save_until_killed(self, *args):
@@ -206,9 +206,9 @@ FIRST_WRITES_AFTER_A_CHECKPOINT = {
 
 @pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("name", FIRST_WRITES_AFTER_A_CHECKPOINT)
-def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspace, monkeypatch, name, steps):
-    """Killed after the checkpoint of step 4, which is the last one or not."""
-    monkeypatch.setattr(report, "SHARE", math.inf)  # the report is written after each checkpoint, however long it takes
+def test_work_that_a_killed_process_left_unfinished_is_done_at_the_next_start(workspace, monkeypatch, name, steps):
+    """The process is killed after the checkpoint of step 4, which is the last or an intermediate one."""
+    monkeypatch.setattr(report, "SHARE", math.inf)  # write the report after each checkpoint, even if it takes long
     options = ["--max-iters", str(steps), "--save-interval", "4", "--keep", "1"]
     run(*options, "--out-dir", "whole")
     killed_at(*FIRST_WRITES_AFTER_A_CHECKPOINT[name], *options)
@@ -222,14 +222,14 @@ def test_what_a_killed_process_had_still_to_do_is_done_at_the_next_start(workspa
     assert [row["step"] for row in read_log(Path("out/starts.jsonl"))] == ([0] if steps == 4 else [0, 4])
 
 
-def test_a_finished_run_is_left_as_it_is(workspace):
+def test_a_finished_run_is_not_changed(workspace):
     run("--max-iters", "4")
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     run("--max-iters", "4")
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 
-def test_the_best_checkpoint_is_found_without_its_link(workspace, monkeypatch):
+def test_the_best_checkpoint_is_found_without_the_link(workspace, monkeypatch):
     values = iter([9.0, 3.0, 4.0])  # the first one is before training
     monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args: next(values))
     run("--max-iters", "8")
@@ -237,15 +237,15 @@ def test_the_best_checkpoint_is_found_without_its_link(workspace, monkeypatch):
     assert find_model(Path("out/best"), print) == best
     Path("out/best").unlink()
     assert find_model(Path("out/best"), print) == best
-    Path("out/best").symlink_to("ckpt-000008")  # as a process killed before the link left it
+    Path("out/best").symlink_to("ckpt-000008")  # outdated, as after a kill before the link was updated
     assert find_model(Path("out/best"), print) == best
     (best / "model.safetensors").unlink()
     assert find_model(Path("out/best"), print) == Path("out/best")
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EACCES])
-def test_a_file_system_without_links(number, workspace, monkeypatch, capsys):
-    """Such as FAT, or Windows without the right to create links: the run trains, resumes, and out/best is found."""
+def test_a_file_system_without_symbolic_links(number, workspace, monkeypatch, capsys):
+    """On FAT, or on Windows without permission to create links, runs train and resume, and out/best is found."""
 
     def symlink(source, target, target_is_directory=False, **_):
         raise OSError(number, os.strerror(number), str(source), None, str(target))
@@ -263,11 +263,12 @@ def test_a_file_system_without_links(number, workspace, monkeypatch, capsys):
     assert sample.main(["--checkpoint", "out/best", "-p", "a", "-m", "3"]) == 0
 
 
-def test_every_option_is_remembered(workspace):
-    """A run that was started with a value other than the default keeps it when resumed without the option."""
+def test_every_option_is_restored_when_a_run_resumes(workspace):
+    """A run that was started with a value other than the default keeps the value when it is resumed without the
+    option."""
     config = GPT2Config.preset("nano")
     for f in fields(Options):
-        if f.name in ("fresh", "out_dir"):  # which start and which run
+        if f.name in ("fresh", "out_dir"):  # these select the run, and are not stored
             continue
         base = {"data": "text"} if f.name != "data" else {}
         defaults = default_options(base, config)
@@ -293,25 +294,27 @@ def test_every_option_is_remembered(workspace):
     read = {ast.unparse(node.args[0]) for node in ast.walk(tree)
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("given.get", "given.pop")}  # fmt: skip
     assert used
-    assert read == {"'out_dir'", "'fresh'"}, "train.py: an option read from `given` is forgotten when a run is resumed"
+    assert read == {"'out_dir'", "'fresh'"}, (
+        "train.py: options must not be read from `given`, which lacks those of a resumed run"
+    )
 
 
 def save_state(run_options):
-    """The state of a run with these options, written by RunFolder.save and read."""
+    """Write the state of a run with these options with RunFolder.save, and read it."""
     model, folder = GPT2(GPT2Config.preset("nano").with_ids(None, ()), seed=1), RunFolder("saved")
     folder.save(model, optim.AdamW(model), Tokenizer.load("bytes"), Progress(step=1), run_options, "data")
     return read_state(Path("saved/ckpt-000001"))
 
 
-def test_the_number_of_checkpoints_to_keep_is_remembered(workspace):
+def test_keep_is_restored_when_a_run_resumes(workspace):
     run("--max-iters", "6", "--save-interval", "1", "--keep", "50")
     assert train.main(["--max-iters", "8"]) == 0
     assert len(list(Path("out").glob("ckpt-*"))) == 8
-    run("--max-iters", "8", "--keep", "2")  # a finished run too
+    run("--max-iters", "8", "--keep", "2")  # this also applies to a finished run
     assert len(list(Path("out").glob("ckpt-*"))) == 2
 
 
-def test_fields_of_another_version_are_named_and_kept(workspace, capsys):
+def test_fields_of_another_version_are_reported_and_kept(workspace, capsys):
     run("--max-iters", "2")
     file = Path("out/ckpt-000002/trainer.json")
     state = json.loads(file.read_text())
@@ -351,7 +354,7 @@ def test_fields_of_another_version_are_named_and_kept(workspace, capsys):
         (None, "progress", [], "progress is []; expected a value of type dict"),
     ],
 )
-def test_a_wrong_field_is_one_line(tmp_path, part, name, value, message):
+def test_an_invalid_field_is_a_one_line_error(tmp_path, part, name, value, message):
     state = {"progress": {"step": 1}, "optimizer_steps": 1, "options": {}, "data": "", "defaults": {}}
     (state[part] if part else state)[name] = value
     (tmp_path / "trainer.json").write_text(json.dumps(state))
@@ -362,7 +365,7 @@ def test_a_wrong_field_is_one_line(tmp_path, part, name, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_validation_loss_that_is_not_finite_keeps_no_run_from_saving(workspace, monkeypatch, capsys):
+def test_a_run_saves_even_if_a_validation_loss_is_not_finite(workspace, monkeypatch, capsys):
     for losses, best in (([math.nan, 3.0, math.inf], 8), ([math.nan, math.nan, -math.inf], None)):
         values = iter([math.nan, *losses])  # the first one is before training
         monkeypatch.setattr("gpt2.training.trainer.mean_loss", lambda *args, values=values: next(values))
@@ -380,7 +383,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_no_run_from_saving(workspace
         assert measured == [value if math.isfinite(value) else None for value in losses]
 
 
-def test_an_error_of_the_disk_is_named_and_the_checkpoint_written_again(workspace, capsys, monkeypatch):
+def test_after_a_disk_error_the_checkpoint_is_written_again(workspace, capsys, monkeypatch):
     options = ["--max-iters", "4", "--save-interval", "4"]
     run(*options, "--out-dir", "whole")
     fsync, errors = os.fsync, iter([5])
@@ -400,27 +403,27 @@ def test_an_error_of_the_disk_is_named_and_the_checkpoint_written_again(workspac
     assert_same_run("whole", "out")
 
 
-def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(workspace, capsys, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(workspace, capsys, monkeypatch):
     rmdir = os.rmdir
 
-    def refuse(path, *args, **kwargs):
+    def failing(path, *args, **kwargs):
         if str(path).endswith("ckpt-000001"):
             raise OSError(39, "Directory not empty", str(path))
         rmdir(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "rmdir", refuse)
+    monkeypatch.setattr(os, "rmdir", failing)
     run("--max-iters", "3", "--save-interval", "1", "--keep", "1")
     assert "ckpt-000001: not deleted: Directory not empty\n" in capsys.readouterr().out
 
 
 def test_a_log_that_cannot_be_read_is_renamed(workspace, capsys, monkeypatch):
     run("--max-iters", "2")
-    whole = io.open
+    original = io.open
 
     def unreadable(path, mode="r", *args, **kwargs):
         if str(path) == "out/log.jsonl" and mode == "r" and not Path("out/damaged-log.jsonl").exists():
             raise OSError(5, "Input/output error")
-        return whole(path, mode, *args, **kwargs)
+        return original(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(io, "open", unreadable)
     run("--max-iters", "3")
@@ -438,7 +441,7 @@ def test_a_log_with_invalid_utf8_does_not_stop_a_run(workspace):
     assert [row["step"] for row in rows("out")] == [1, 2, 3]
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_overwritten(workspace, capsys):
+def test_nothing_is_overwritten_if_no_checkpoint_is_intact(workspace, capsys):
     run("--max-iters", "1")
     (Path("out/ckpt-000001/trainer.json")).write_text("{}")
     log = Path("out/log.jsonl").read_text()
@@ -447,7 +450,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_overwritten(workspace, capsys):
     assert Path("out/log.jsonl").read_text() == log
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(workspace, capsys, monkeypatch):
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(workspace, capsys, monkeypatch):
     run("--max-iters", "2")
 
     def full(*args, **kwargs):
@@ -467,8 +470,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(workspace, capsy
     run("--max-iters", "4")
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(workspace, capsys):
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root can write to read-only folders")
+def test_a_read_only_folder_is_an_error(workspace, capsys):
     workspace.chmod(0o500)
     try:
         run("--max-iters", "2", code=1)

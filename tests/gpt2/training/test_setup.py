@@ -1,4 +1,4 @@
-"""gpt2/training/setup.py: starting a run, the settings that a resumed run keeps, and errors."""
+"""gpt2/training/setup.py: starting a run, settings that a resumed run keeps, and invalid input."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ def test_a_task_that_cannot_be_downloaded_is_reported_before_training(workspace,
         (["--dtype", "float64"], "--dtype float32; it cannot be resumed with float64"),
     ],
 )
-def test_a_run_resumes_only_with_the_settings_it_started_with(workspace, capsys, option, message):
+def test_a_run_cannot_be_resumed_with_other_settings(workspace, capsys, option, message):
     run("--max-iters", "2")
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     assert train.main(["--max-iters", "4", *option]) == 1
@@ -53,7 +53,7 @@ def test_a_run_resumes_only_with_the_settings_it_started_with(workspace, capsys,
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
 
 
-def test_the_data_of_a_run_may_get_another_name_and_nothing_else(workspace, capsys):
+def test_the_data_of_a_run_may_be_renamed_but_not_changed(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--max-iters", "3", "--data", "./data/text/"]) == 0
     (workspace / "data" / "text").rename(workspace / "data" / "mine")
@@ -81,8 +81,8 @@ def damage_shard(workspace, change):
     shard.write_bytes(change(shard.read_bytes()))
 
 
-def retell(workspace, **changes):
-    """Change the manifest, including checksums, so that only the content of the shard is wrong."""
+def update_manifest(workspace, **changes):
+    """Change the manifest and update its checksums, so that only the content of the shard is wrong."""
     from gpt2.training.dataset import file_sha256
 
     file = workspace / "data" / "text" / "manifest.json"
@@ -94,7 +94,7 @@ def retell(workspace, **changes):
 
 def foreign_ids(workspace):
     damage_shard(workspace, lambda data: b"\xff\x7f" * (len(data) // 2))
-    retell(workspace)
+    update_manifest(workspace)
 
 
 def make_small(workspace):
@@ -124,7 +124,7 @@ BAD = {
         [],
         r"train-00000\.bin: contains the id 32767, but the vocabulary has 257",
     ),
-    "a manifest of something else": (
+    "an invalid manifest": (
         lambda folder: (folder / "data" / "text" / "manifest.json").write_text("[1]"),
         [],
         r"manifest\.json: not a valid manifest",
@@ -165,7 +165,7 @@ BAD = {
         ["--out-dir", "taken"],
         r"--out-dir taken is a file; name a folder",
     ),
-    "a file is not renamed for a fresh start": (
+    "an out-dir that is a file, with --fresh": (
         lambda folder: (folder / "taken").write_text("x"),
         ["--out-dir", "taken", "--fresh"],
         r"--out-dir taken is a file; name a folder",
@@ -194,18 +194,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line(workspace, capsys, case):
+def test_invalid_input_prints_one_line(workspace, capsys, case):
     prepare_case, options, message = BAD[case]
     if prepare_case:
         prepare_case(workspace)
     run("--max-iters", "3", *options, code=1)
     assert re.search(message, one_line(capsys))
-    if case != "ids outside the vocabulary":  # which shows when they are read; the others before a run begins
+    if case != "ids outside the vocabulary":  # detected when ids are read; all other errors before the run starts
         assert not list(Path().rglob("log.jsonl"))
     assert not Path("out").exists() or not list(Path("out").glob("ckpt-*"))
 
 
-def test_data_prepared_again_under_the_same_name_is_noticed(workspace, capsys):
+def test_other_data_with_the_same_name_is_detected(workspace, capsys):
     run("--max-iters", "2")
     (workspace / "other.txt").write_text(TEXT.replace("times", "plus"))
     prepare([str(workspace / "other.txt")], "bytes", workspace / "data" / "text", fresh=True)
@@ -221,31 +221,31 @@ def test_another_vocabulary_next_to_the_data_is_detected(workspace, capsys):
     assert "have different tokenizers" in one_line(capsys)
 
 
-def test_an_error_with_fresh_renames_nothing(workspace, capsys):
+def test_fresh_renames_nothing_if_there_is_an_error(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--fresh", "--data", "nothing"]) == 1
     assert train.main(["--fresh", "--data", "text", "--total-batch-size", "100"]) == 1
     assert not list(Path().glob("out-*"))
 
 
-def test_the_default_data_may_be_named(workspace, monkeypatch):
+def test_the_default_data_may_be_given_explicitly(workspace, monkeypatch):
     (workspace / "data" / "text").rename(workspace / "data" / "pydoc")
     assert train.main([*QUICK, "--max-iters", "2"]) == 0
     assert train.main(["--data", "pydoc", "--max-iters", "3"]) == 0
 
 
-def test_an_out_dir_can_be_fine_tuned_from(workspace):
+def test_init_accepts_the_out_dir_of_a_run(workspace):
     run("--max-iters", "2", "--out-dir", "base")
     run("--max-iters", "1", "--init", "base")
 
 
-def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, monkeypatch):
+def test_a_resumed_run_keeps_the_defaults_of_its_start(workspace, monkeypatch):
     run("--max-iters", "2", "--out-dir", "newer")
     run("--max-iters", "2", "--out-dir", "older")
     state = Path("older/ckpt-000002/trainer.json")
     values = json.loads(state.read_text())
     assert values.pop("defaults")["beta2"] == 0.95
-    state.write_text(json.dumps(values))  # as earlier versions wrote it; the folder's starts.jsonl knows more
+    state.write_text(json.dumps(values))  # as in earlier versions; starts.jsonl has the defaults
     update_checksums(state.parent)
     monkeypatch.setattr(options, "SIZE_DEFAULTS", {"small": {**options.SIZE_DEFAULTS["small"], "learning_rate": 1e-5}})
     monkeypatch.setattr(options.Options.__dataclass_fields__["beta2"], "default", 0.5)
@@ -257,14 +257,14 @@ def test_a_resumed_run_keeps_the_defaults_that_it_was_started_with(workspace, mo
 
 
 @pytest.mark.parametrize("stored", ["defaults", "starts", "nothing"])
-def test_a_run_of_a_version_with_other_defaults_keeps_adamw_and_its_cosine(workspace, stored):
+def test_a_run_of_an_earlier_version_keeps_adamw_and_the_cosine_schedule(workspace, stored):
     run("--max-iters", "2", "--optimizer", "adamw", "--out-dir", "today")
     run("--max-iters", "2", "--optimizer", "adamw")
     state, starts = Path("out/ckpt-000002/trainer.json"), Path("out/starts.jsonl")
     values, start = json.loads(state.read_text()), json.loads(starts.read_text())
-    del values["options"]["optimizer"], start["given"]["optimizer"]  # it was the default
+    del values["options"]["optimizer"], start["given"]["optimizer"]  # AdamW was the default
     for settings in (values["defaults"], start["options"]):
-        del settings["lr_schedule"]  # there was no such option
+        del settings["lr_schedule"]  # the option did not exist
         settings["optimizer"] = "adamw"
     if stored != "defaults":
         del values["defaults"]
@@ -278,11 +278,11 @@ def test_a_run_of_a_version_with_other_defaults_keeps_adamw_and_its_cosine(works
     now = json.loads(starts.read_text().splitlines()[-1])["options"]
     assert (now["optimizer"], now["lr_schedule"], now["momentum"]) == ("adamw", "cosine", None)
     assert (now["learning_rate"], now["min_lr"]) == (3e-3, 3e-3 / 10)
-    if stored != "nothing":  # (without a record, the steps of the warm-up are unknown too)
+    if stored != "nothing":  # (otherwise the number of warm-up steps is also unknown)
         assert_same_run("today", "out")
 
 
-def test_a_schedule_is_remembered_and_can_be_changed(workspace):
+def test_a_resumed_run_keeps_its_schedule_unless_it_is_changed(workspace):
     run("--max-iters", "4", "--lr-schedule", "wsd", "--learning-rate", "1e-3", "--warmup-iters", "0")
     assert train.main(["--max-iters", "10"]) == 0
     assert [row["lr"] for row in rows("out")[4:]] == pytest.approx([1e-3] * 5 + [5e-4])
@@ -309,17 +309,17 @@ def test_options_of_another_optimizer_are_rejected(workspace, capsys, options, m
     assert message in capsys.readouterr().err
 
 
-def test_the_optimizer_of_a_run_stays(workspace, capsys):
+def test_the_optimizer_of_a_run_cannot_be_changed(workspace, capsys):
     run("--max-iters", "2")
     assert train.main(["--max-iters", "4", "--optimizer", "sgd"]) == 1
     assert "--optimizer muon; it cannot be resumed with sgd" in capsys.readouterr().err
 
 
-# A model's vocabulary and the data's
+# The vocabularies of a model and of the data
 
 
 def save_hugging_face(folder, vocab_size, tokenizer="bytes", added=None, **config):
-    """A model folder with bytes as the vocabulary, in the Hugging Face layout."""
+    """Save a model folder in the Hugging Face layout with a byte-level tokenizer, and prepare data with it."""
     GPT2(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2, **config)).save_pretrained(
         folder
     )
@@ -335,7 +335,7 @@ def own_text(workspace):
     return workspace
 
 
-def test_a_padded_vocabulary_trains_samples_and_is_written_at_its_size(own_text, capsys):
+def test_a_model_with_a_padded_vocabulary_is_trained_sampled_and_converted(own_text, capsys):
     save_hugging_face("hf", 300)
     assert train.main(["--init", "hf", "--data", "own", *QUICK, "--max-iters", "2"]) == 0
     assert convert.main(["out", "back", "--to", "hf"]) == 0
@@ -348,11 +348,11 @@ def test_a_padded_vocabulary_trains_samples_and_is_written_at_its_size(own_text,
         texts = stream_text(model, tokenizer, [1], 30, temperature=2.0, samples=2)
         assert len("".join(text for _, text in texts)) > 10
     capsys.readouterr()
-    assert train.main(["--data", "own", *QUICK, "--max-iters", "4"]) == 0  # it also resumes
+    assert train.main(["--data", "own", *QUICK, "--max-iters", "4"]) == 0  # resume
 
 
-def test_data_of_the_plain_vocabulary_trains_a_model_with_added_tokens(own_text):
-    """The model keeps its added tokens, and its own end token."""
+def test_a_model_with_added_tokens_can_be_trained_on_data_without_them(own_text):
+    """The model keeps its added tokens and its EOS token."""
     save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258}, bos_token_id=256, eos_token_id=258)
     Path("plain").mkdir()
     Tokenizer.load("bytes").save_hugging_face(Path("plain"), 16)
@@ -366,7 +366,7 @@ def test_data_of_the_plain_vocabulary_trains_a_model_with_added_tokens(own_text)
     assert (config["bos_token_id"], config["eos_token_id"]) == (256, 258)
 
 
-def test_data_with_added_tokens_that_the_model_does_not_have(own_text, capsys):
+def test_data_with_added_tokens_that_the_model_lacks_is_rejected(own_text, capsys):
     save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258})
     GPT2(GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained("other")
     Tokenizer.load("bytes").save_hugging_face(Path("other"), 16)
@@ -374,7 +374,7 @@ def test_data_with_added_tokens_that_the_model_does_not_have(own_text, capsys):
     assert "prepare the data with the model's tokenizer, --tokenizer other" in one_line(capsys)
 
 
-def test_data_of_another_tokenizer_names_the_models(own_text, gpt2_files, capsys):
+def test_the_error_for_data_with_another_tokenizer_names_that_of_the_model(own_text, gpt2_files, capsys):
     GPT2(GPT2Config.preset("nano")).save_pretrained("model")
     Tokenizer.load("bytes").save("model")
     prepare(["data/text.txt"], "gpt2", "data/words")
@@ -382,7 +382,7 @@ def test_data_of_another_tokenizer_names_the_models(own_text, gpt2_files, capsys
     assert "the model's tokenizer, --tokenizer bytes" in one_line(capsys)
 
 
-def test_a_new_model_takes_the_ids_of_its_data(own_text):
+def test_a_new_model_gets_bos_and_eos_ids_from_its_data(own_text):
     save_hugging_face("hf", 259, added={"<|user|>": 257, "<|end|>": 258}, eos_token_id=(258, 256))
     run_options = [*QUICK, "--max-iters", "1", "--out-dir", "new"]
     assert train.main(["--data", "own", *run_options]) == 0
@@ -390,7 +390,7 @@ def test_a_new_model_takes_the_ids_of_its_data(own_text):
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (259, 256, [258, 256])
 
 
-def test_nanogpts_data_of_characters_is_trained_on(workspace):
+def test_training_on_character_data_of_nanogpt(workspace):
     import pickle
 
     characters = sorted(set(TEXT))
@@ -413,7 +413,7 @@ def test_nanogpts_data_of_characters_is_trained_on(workspace):
 
 @pytest.fixture
 def with_mkl(monkeypatch):
-    """A second library, of the name mkl, which is as fast as NumPy's."""
+    """Add a second library named mkl, which is as fast as NumPy's."""
     mkl = dataclasses.replace(blas.NUMPYS, name="mkl", title="MKL 9.9")
     monkeypatch.delenv("TINYGRAD2_BLAS")
     monkeypatch.setattr(blas, "_mkl", lambda: mkl)
@@ -426,7 +426,7 @@ def stored_blas():
     return state, json.loads(state.read_text())
 
 
-def test_the_blas_library_is_named_and_kept_in_the_checkpoint(workspace, capsys):
+def test_the_blas_library_is_printed_and_stored_in_the_checkpoint(workspace, capsys):
     run("--max-iters", "1", "--save-interval", "0")
     title = blas.NUMPYS.title
     assert f"\nproducts   {title}, " in capsys.readouterr().out
@@ -436,13 +436,13 @@ def test_the_blas_library_is_named_and_kept_in_the_checkpoint(workspace, capsys)
 @pytest.mark.parametrize(
     ("changes", "name", "note"),
     [
-        ({}, "mkl", ""),  # although NumPy's is the one that is chosen here
+        ({}, "mkl", ""),  # although NumPy's would be chosen here
         ({"processor": "P"}, "numpy", "until here by MKL 9.9 on another processor, now by OpenBLAS"),
         ({"title": "MKL 8"}, "mkl", "until here by MKL 8, now by MKL 9.9: roundings differ"),
         ({"name": "atlas", "title": "ATLAS"}, "numpy", "until here by ATLAS, now by OpenBLAS"),
     ],
 )
-def test_a_resumed_run_uses_the_blas_library_that_it_began_with(workspace, capsys, with_mkl, changes, name, note):
+def test_a_resumed_run_uses_the_blas_library_of_its_start(workspace, capsys, with_mkl, changes, name, note):
     run("--max-iters", "1", "--keep", "1")
     state, values = stored_blas()
     before = {"name": "mkl", "title": "MKL 9.9", "processor": machine.processor_model(), **changes}
@@ -461,7 +461,7 @@ def test_a_resumed_run_uses_the_blas_library_that_it_began_with(workspace, capsy
 
 def test_ranks_on_equal_processors_use_the_library_of_rank_0(with_mkl, monkeypatch):
     class Root:
-        """Rank 1, whose rank 0 has decided."""
+        """The communicator of rank 1, after rank 0 has chosen a library."""
 
         def __init__(self, *decided):
             self.decided = decided

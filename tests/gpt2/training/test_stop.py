@@ -1,4 +1,4 @@
-"""gpt2/training/stop.py: a signal finishes the step and saves."""
+"""gpt2/training/stop.py: after a signal, the run finishes its step, saves a checkpoint and stops."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from tinygrad2 import checkpoint
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
 )
-def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(workspace, number):
+def test_after_a_signal_the_run_saves_and_prints_how_to_resume(workspace, number):
     options = ["--data", "text", *QUICK, "--max-iters", "100000", "--out-dir", "stopped"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -36,7 +36,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(workspace, numb
     assert [row["step"] for row in rows("stopped")] == list(range(1, step + 1))
 
 
-def test_it_trains_outside_the_main_thread(workspace):
+def test_training_works_outside_the_main_thread(workspace):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(train.main(["--data", "text", *QUICK, "--max-iters", "2"])))
     thread.start()

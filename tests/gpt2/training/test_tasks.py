@@ -1,4 +1,5 @@
-"""HellaSwag and LAMBADA, scored by hand, row by row, and with PyTorch; reading and downloading."""
+"""gpt2/training/tasks.py: scores of HellaSwag and LAMBADA compared with known values, with one forward pass per ending
+and with PyTorch; reading and downloading task files."""
 
 import hashlib
 import json
@@ -36,7 +37,7 @@ WORDS = (
 )
 
 
-def made_up_items(count, endings, seed=0):
+def random_items(count, endings, seed=0):
     """Questions of random words, with very different lengths."""
     random = np.random.default_rng(seed)
 
@@ -54,12 +55,12 @@ def make_model(n_positions=160, seed=3, **place):
     model = GPT2(config, seed=seed, **place)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            parameter.data = parameter.data * 8  # far from uniform, so that a wrong position shows
+            parameter.data = parameter.data * 8  # far from uniform, so that a wrong position is detected
     return model
 
 
 def unigram_model(logits):
-    """Every token is predicted with the same logits, independent of the preceding ones."""
+    """A model that predicts every token with these logits, independent of the preceding tokens."""
     model = GPT2(GPT2Config(vocab_size=257, n_positions=64, n_embd=4, n_layer=1, n_head=1), seed=None)
     parameters = dict(model.named_parameters())
     parameters["ln_f.weight"].data = np.zeros(4, dtype=np.float32)
@@ -71,7 +72,8 @@ def unigram_model(logits):
 
 
 def one_by_one(model, tokenizer, items):
-    """The losses, lengths and greedy results of each item's endings, with one plain forward pass per ending."""
+    """For the endings of each item, (loss, length, whether it is the greedy continuation), with one forward pass per
+    ending."""
     found = []
     for item in items:
         rows = []
@@ -88,7 +90,7 @@ def one_by_one(model, tokenizer, items):
 
 
 def sums_of(items, found):
-    """The expected result of `score`, from the rows of one_by_one."""
+    """The expected result of `score`, computed from the result of one_by_one."""
     sums = dict.fromkeys(("items", "right_by_sum", "right_by_mean", "nats", "greedy", "cut"), 0)
     for item, rows in zip(items, found, strict=True):
         losses, lengths, greedy = map(np.array, zip(*rows, strict=True))
@@ -100,8 +102,8 @@ def sums_of(items, found):
     return sums
 
 
-def test_equal_probabilities_by_hand():
-    """The shortest ending has the lowest loss; all have the same mean, so the first ending is chosen."""
+def test_scores_of_uniform_probabilities():
+    """The shortest ending has the lowest sum of losses. All endings have the same mean, so the first one is chosen."""
     model = unigram_model(0)
     items = [Item("a b", (" long ending", " short", " longer ending"), label) for label in (0, 1, 2)]
     sums = score(HELLASWAG, model, BYTES, items, batch_size=4)
@@ -111,13 +113,13 @@ def test_equal_probabilities_by_hand():
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e7, 1e12])
-def test_an_offset_common_to_all_logits_does_not_change_the_losses(offset):
+def test_an_offset_of_all_logits_does_not_change_the_losses(offset):
     sums = score(LAMBADA, unigram_model(offset), BYTES, [Item("a", (" word",), 0)], batch_size=1)
     assert sums["nats"] == pytest.approx(5 * np.log(257), rel=1e-6)
 
 
-def test_known_probabilities_by_hand():
-    """p(a) = 1/2, p(b) = 1/4, p(space) = 1/8, and tiny probabilities for the rest."""
+def test_scores_of_known_probabilities():
+    """p(a) = 1/2, p(b) = 1/4, p(space) = 1/8, and all other probabilities are tiny."""
     logits = np.full(257, -30.0)
     logits[[ord("a"), ord("b"), ord(" ")]] = np.log([1 / 2, 1 / 4, 1 / 8])
     logits -= np.log(np.exp(logits).sum())
@@ -125,7 +127,7 @@ def test_known_probabilities_by_hand():
     cost = {c: -logits[ord(c)] for c in "ab "}
     items = [Item("what", (" aaaaa", " b"), 0), Item("what", (" aaaaa", " b"), 1)]
     sums = score(HELLASWAG, model, BYTES, items, batch_size=2)
-    assert cost[" "] + 5 * cost["a"] > cost[" "] + cost["b"]  # the sum prefers the second, the mean the first
+    assert cost[" "] + 5 * cost["a"] > cost[" "] + cost["b"]  # lower sum: second ending; lower mean: first
     assert (sums["right_by_sum"], sums["right_by_mean"]) == (1, 1)
     assert score(HELLASWAG, model, BYTES, items[:1], 2)["right_by_mean"] == 1
     assert sums["nats"] == pytest.approx(2 * cost[" "] + 5 * cost["a"] + cost["b"], rel=1e-6)
@@ -137,8 +139,8 @@ def test_known_probabilities_by_hand():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
-def test_batches_of_different_lengths_equal_one_by_one(batch_size):
-    model, items = make_model(dtype="float64"), made_up_items(12, endings=4)
+def test_batches_of_different_lengths_equal_single_forward_passes(batch_size):
+    model, items = make_model(dtype="float64"), random_items(12, endings=4)
     assert any(item.context == "" for item in items)
     expected = sums_of(items, one_by_one(model, BYTES, items))
     assert 0 < expected["right_by_sum"] < 12
@@ -146,30 +148,30 @@ def test_batches_of_different_lengths_equal_one_by_one(batch_size):
     assert sums == {**expected, "nats": pytest.approx(expected["nats"], rel=1e-5)}
 
 
-def test_greedy_words_are_those_that_the_model_generates():
+def test_greedy_words_equal_generated_words():
     model = make_model()
-    model.wte.weight.data[128:] = 0  # so that it generates only ASCII
-    items = [item._replace(context=item.context or "a") for item in made_up_items(6, endings=1, seed=1)]
+    model.wte.weight.data[128:] = 0  # so that the model generates only ASCII
+    items = [item._replace(context=item.context or "a") for item in random_items(6, endings=1, seed=1)]
     written = [model.generate(BYTES.encode(item.context).tolist(), 3, temperature=0)[0] for item in items]
     own = [Item(item.context, (bytes(ids).decode(),), 0) for item, ids in zip(items, written, strict=True)]
     assert score(LAMBADA, model, BYTES, own, 4)["greedy"] == 6
     assert score(LAMBADA, model, BYTES, items, 4)["greedy"] == 0
 
 
-def test_parts_add_up():
-    model, items = make_model(dtype="float64"), made_up_items(9, endings=3)
+def test_scores_of_parts_add_up():
+    model, items = make_model(dtype="float64"), random_items(9, endings=3)
     whole = score(HELLASWAG, model, BYTES, items, 5)
     parts = [score(HELLASWAG, model, BYTES, items[first::2], 5) for first in (0, 1)]
     assert {name: sum(part[name] for part in parts) for name in whole} == pytest.approx(whole, rel=1e-6)
     assert set(score(HELLASWAG, model, BYTES, [], 5).values()) == {0}
 
 
-def test_a_row_longer_than_the_context_loses_its_beginning():
+def test_the_start_of_a_row_longer_than_the_context_is_dropped():
     model = make_model(n_positions=8)
     item = Item("0123456789", (" abc", " de"), 0)
     sums = score(HELLASWAG, model, BYTES, [item], 4)
     assert sums["cut"] == 1
-    with no_grad():  # nine tokens: eight inputs, and the last target
+    with no_grad():  # nine tokens: eight inputs and the last target
         logits = model(np.frombuffer(b"56789 ab", dtype=np.uint8).astype(np.int64)[None]).numpy()[0, -4:]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     assert sums["nats"] == pytest.approx(-log_p[range(4), list(b" abc")].sum(), rel=1e-5)
@@ -185,11 +187,11 @@ def test_a_damaged_model_is_reported():
     model = make_model()
     model.wte.weight.data = np.full(model.wte.weight.shape, np.nan, dtype=np.float32)
     with pytest.raises(ValueError, match="lambada: the model's losses are not finite"):
-        score(LAMBADA, model, BYTES, made_up_items(2, 1), 2)
+        score(LAMBADA, model, BYTES, random_items(2, 1), 2)
 
 
-def test_on_a_device():
-    items = made_up_items(5, endings=2)
+def test_scores_on_a_device_equal_those_on_the_cpu():
+    items = random_items(5, endings=2)
     expected = score(HELLASWAG, make_model(), BYTES, items, 4)
     with strict_cupy.registered():
         sums = score(HELLASWAG, make_model(device="cuda"), BYTES, items, 4)
@@ -198,15 +200,16 @@ def test_on_a_device():
 
 @pytest.mark.parity
 @pytest.mark.extras("torch", "transformers")
-def test_the_figures_are_pytorchs(tmp_path):
-    """As in build-nanogpt: all rows of an item are padded with 0, and the masked loss is summed and averaged."""
+def test_scores_agree_with_pytorch(tmp_path):
+    """The reference works as in build-nanogpt: all rows of an item are padded with 0, and the masked loss is summed and
+    averaged."""
     import torch
     import transformers
 
     model = make_model()
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    items = [item._replace(context=item.context or "the") for item in made_up_items(25, endings=4, seed=5)]
+    items = [item._replace(context=item.context or "the") for item in random_items(25, endings=4, seed=5)]
     right_by_sum, right_by_mean, word_nats, greedy = 0, 0, 0.0, 0
     for item in items:
         context = list(item.context.encode())
@@ -232,7 +235,7 @@ def test_the_figures_are_pytorchs(tmp_path):
     assert metrics == {"acc": greedy / 25, "perplexity": pytest.approx(np.exp(word_nats / 25), rel=1e-4)}
 
 
-def test_gpt2s_tokens_are_those_of_the_scripts(gpt2_files):
+def test_endings_are_tokenized_as_in_the_published_scripts(gpt2_files):
     """A space belongs to the token after it, so an ending is encoded with its leading space."""
     tokenizer = Tokenizer.load("gpt2")
     item = HELLASWAG.item(
@@ -250,7 +253,7 @@ def write(path, lines):
     return path
 
 
-def test_load(tmp_path):
+def test_load_items(tmp_path):
     lines = [{"ind": i, "ctx": f"é{i}", "endings": ["a", "b"], "label": str(i % 2), "more": None} for i in range(10)]
     file = write(tmp_path / "h.jsonl", lines)
     file.write_bytes(file.read_bytes() + b"\n")
@@ -280,7 +283,7 @@ def test_load(tmp_path):
         (LAMBADA, None),
     ],
 )
-def test_lines_that_do_not_belong_to_the_task(task, line, tmp_path):
+def test_lines_of_another_format_are_rejected(task, line, tmp_path):
     good = {"ctx": "a", "endings": ["b", "c"], "label": 0} if task is HELLASWAG else {"text": "two words"}
     file = write(tmp_path / "f.jsonl", [good, line])
     with pytest.raises(ValueError, match=rf"f.jsonl: line 2 is not a question of {task.name}; expected {{"):
@@ -290,13 +293,13 @@ def test_lines_that_do_not_belong_to_the_task(task, line, tmp_path):
 @pytest.mark.parametrize(
     ("content", "line"), [(b"\xff\xfe\xfa\n", "line 1"), (b"{\n", "line 1"), (b"[" * 5000, "line 1")]
 )
-def test_files_that_are_not_json_lines(content, line, tmp_path):
+def test_files_that_are_not_json_lines_are_rejected(content, line, tmp_path):
     (tmp_path / "f.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=line):
         load_items(LAMBADA, tmp_path / "f.jsonl")
 
 
-def test_an_empty_and_a_missing_file(tmp_path):
+def test_an_empty_file_and_a_missing_file_are_errors(tmp_path):
     (tmp_path / "f.jsonl").write_bytes(b"\n\n")
     with pytest.raises(ValueError, match="no questions in this file"):
         load_items(LAMBADA, tmp_path / "f.jsonl")
@@ -306,7 +309,8 @@ def test_an_empty_and_a_missing_file(tmp_path):
 
 @contextmanager
 def serving(body, status=200, length=None):
-    """A server on this machine that answers every request with this response, and the list of requested paths."""
+    """Run a local server that sends this response to every request. Yields its address and the list of requested
+    paths."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -343,7 +347,7 @@ def published(url, body=BODY):
     return replace(LAMBADA, url=f"{url}/data/words.jsonl", sha256=hashlib.sha256(body).hexdigest())
 
 
-def test_download_happens_once(cache):
+def test_a_file_is_downloaded_once(cache):
     with serving(BODY) as (url, asked):
         assert len(load_items(published(url))) == 9000
         assert load_items(published(url))[0] == Item("a last", (" word",), 0)
@@ -360,7 +364,7 @@ def test_download_happens_once(cache):
         ({"body": b"no such file", "status": 404}, "404|Not Found"),
     ],
 )
-def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
+def test_a_failed_download_leaves_no_file(answer, reason, cache):
     what = rf"lambada: .*words.jsonl could not be downloaded \(.*({reason}).*save the file as"
     with serving(**answer) as (url, _), pytest.raises(OSError, match=what) as error:
         load_items(published(url))
@@ -369,14 +373,14 @@ def test_a_download_that_fails_leaves_nothing(answer, reason, cache):
     assert list(cache.iterdir()) == []
 
 
-def test_without_a_network(cache):
+def test_an_unreachable_server_is_an_error(cache):
     with serving(b"") as (url, _):
         pass  # the server is closed
     with pytest.raises(OSError, match=r"could not be downloaded .*refused"):
         load_items(published(url))
 
 
-def test_a_cache_folder_that_cannot_be_made(cache):
+def test_a_cache_folder_that_cannot_be_created_is_an_error(cache):
     cache.parent.write_text("a file in the way")
     with serving(BODY) as (url, _), pytest.raises(OSError, match="could not be downloaded"):
         load_items(published(url))

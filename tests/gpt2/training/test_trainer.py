@@ -1,4 +1,4 @@
-"""gpt2/training/trainer.py: steps, accumulation, evaluation, and their log."""
+"""gpt2/training/trainer.py: steps, gradient accumulation, evaluations, and the log."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_the_log_has_one_object_per_step(workspace):
     assert [row["step"] for row in logged if "val_loss" in row] == [4, 5]
 
 
-def test_mfu_is_shown_and_logged_where_the_peak_is_known(workspace, monkeypatch, capsys):
+def test_mfu_is_printed_and_logged_if_the_peak_is_known(workspace, monkeypatch, capsys):
     run("--max-iters", "2", "--out-dir", "unknown")
     assert "MFU" not in capsys.readouterr().out
     assert not any("mfu" in row for row in read_log(Path("unknown/log.jsonl")))
@@ -43,7 +43,7 @@ def test_mfu_is_shown_and_logged_where_the_peak_is_known(workspace, monkeypatch,
     assert said == [f"{100 * row['mfu']:.0f}" for row in read_log(Path("out/log.jsonl"))]
 
 
-def test_accumulation_is_the_same_as_one_large_batch(workspace):
+def test_gradient_accumulation_equals_one_large_batch(workspace):
     common = ["--max-iters", "4", "--dtype", "float64", "--dropout", "0.1", "--total-batch-size", "128"]
     for batch in (8, 4, 1):
         run(*common, "--batch-size", str(batch), "--out-dir", f"batch{batch}", "--eval-interval", "0")
@@ -53,7 +53,7 @@ def test_accumulation_is_the_same_as_one_large_batch(workspace):
             assert np.linalg.norm(array - expected[name]) <= 1e-9 * np.linalg.norm(expected[name]), name
 
 
-def test_training_learns(workspace):
+def test_losses_decrease(workspace):
     run("--max-iters", "60", "--batch-size", "8", "--block-size", "32", "--warmup-iters", "5", "--eval-interval", "20")
     losses = [row["loss"] for row in rows("out")]
     assert losses[0] == pytest.approx(np.log(257), abs=0.3)
@@ -63,7 +63,7 @@ def test_training_learns(workspace):
 
 
 def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
-    """The files are cached. The scores are those of the saved model, and a resumed run continues with them."""
+    """The task files are in the cache. The logged scores equal those of the saved model, also after resuming."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
     (workspace / "cache" / "tinygrad2").mkdir(parents=True)
     questions = [{"ctx": f"{i} times {i}", "endings": ["is here.", "rest"], "label": i % 2} for i in range(6)]
@@ -80,7 +80,7 @@ def test_tasks_are_scored_at_evaluations(workspace, monkeypatch, capsys):
     assert f"  hellaswag: acc {scored[6]['hellaswag_acc']:.4f}" in capsys.readouterr().out
 
 
-def test_a_nan_loss_ends_the_run_before_it_does_damage(workspace, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(workspace, capsys):
     run("--max-iters", "4", "--save-interval", "2")
     before = newest_arrays("out")
     run(

@@ -1,4 +1,4 @@
-"""gpt2/training/watch.py: steps that take far too long are reported, and end the job after a limit."""
+"""gpt2/training/watch.py: steps that take far too long are reported, and the job is ended after a time limit."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(watch, "GRACE", 0.0)
 
 
-def never_returning():
+def slow_function():
     time.sleep(1.0)
 
 
@@ -30,17 +30,17 @@ def test_a_slow_step_is_reported_once_with_its_stack(fast, capfd):
             with watching.step():
                 time.sleep(0.01)
         with watching.step():
-            never_returning()
+            slow_function()
         with watching.step():
             time.sleep(0.01)
     error = capfd.readouterr().err
     assert error.count("this step has taken") == 1
     assert "and the median of the previous steps is 0.0" in error
-    assert "in never_returning" in error
-    assert error.count("in never_returning") == 1
+    assert "in slow_function" in error
+    assert error.count("in slow_function") == 1
 
 
-def test_usual_steps_and_the_time_between_them_are_not_reported(fast, capfd):
+def test_normal_steps_and_the_time_between_steps_are_not_reported(fast, capfd):
     with Watch(SoloComm(), 1) as watching:
         for seconds in (0.2, 0.25, 0.2):
             with watching.step():
@@ -49,14 +49,14 @@ def test_usual_steps_and_the_time_between_them_are_not_reported(fast, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_the_first_step_may_take_any_time(fast, capfd):
-    """It compiles and allocates, and there is no median yet."""
+def test_a_slow_first_step_is_not_reported(fast, capfd):
+    """The first step compiles kernels and allocates memory, and there is no median yet."""
     with Watch(SoloComm(), 0) as watching, watching.step():
         time.sleep(0.6)
     assert capfd.readouterr().err == ""
 
 
-def test_the_time_of_a_suspended_job_does_not_count(fast, capfd, monkeypatch):
+def test_time_while_the_job_is_suspended_does_not_count(fast, capfd, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Watch(SoloComm(), 5) as watching:
@@ -84,7 +84,7 @@ with watch.Watch(SoloComm(), 1, lambda: "The last checkpoint is out/ckpt-000003.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["while True: pass", "threading.Lock().acquire() and threading.Event().wait()"])
-def test_a_step_without_end_ends_the_program(loop):
+def test_a_step_that_never_ends_terminates_the_program(loop):
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(loop)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

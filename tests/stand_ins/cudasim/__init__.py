@@ -22,34 +22,35 @@ KERNEL = re.compile(r'extern "C" __global__ void(?:\s+__launch_bounds__\([^()]*\
 BOUNDS = re.compile(r"__launch_bounds__\(([^()]*)\)(?: [A-Z_]+)?\s+(\w+)\(")
 SHARED = re.compile(r"__shared__\s+([^;()]+);")
 
-# Without gnu-unique: libraries of one source compiled with other constants would share what is static in its functions.
+# -fno-gnu-unique: otherwise, libraries compiled from one source with different constants would share the static
+# variables of its functions.
 FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-fno-gnu-unique", "-fsanitize=alignment"),
 )
-shared_memory = 227 << 10  # bytes of it that a block can have; of an H100
-schedule = 0  # how the threads of a block take turns: 0 the first warp ahead, 1 the last, from 2 on at random
+shared_memory = 227 << 10  # maximum number of bytes per block, as on an H100
+schedule = 0  # order of a block's threads: 0 first warp ahead, 1 last warp ahead, 2 and more random
 
 
 def need_compiler():
-    """Skip the test where kernels cannot be compiled for this machine."""
+    """Skip the test if kernels cannot be compiled for this machine."""
     if shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("running CUDA C++ on the CPU needs g++ and an x86-64 processor")
 
 
 def array_of(x):
-    """The NumPy array of an argument (the stand-in's device arrays hold theirs in `_a`)."""
+    """The NumPy array of an argument (for a device array of the stand-in, its attribute `_a`)."""
     return getattr(x, "_a", x)
 
 
 def _poisoned(declaration):
-    """A declaration of static shared memory, followed by what fills it with NaN in each block."""
+    """A declaration of static shared memory, followed by code that fills it with NaN in each block."""
     names = re.findall(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?:,|$)", declaration[1])
     return " ".join([declaration[0], *(f"CUDASIM_POISON({name});" for name in names)])
 
 
 def compiled(text, options):
-    """The library of some C++ after cudasim.h, kept on disk."""
+    """Compile cudasim.h followed by some C++ code to a library, which is cached on disk."""
     text = f'#include "{HERE}/cudasim.h"\n#line 1\n{text}'
     known = (HERE / "cudasim.h").read_bytes() + text.encode() + repr((FLAGS, options)).encode()
     key = hashlib.sha256(known).hexdigest()[:16]
@@ -82,7 +83,7 @@ class Function:
     """A kernel. Its arguments are checked for mistakes that CuPy does not detect."""
 
     def __init__(self, library, name, static=0):
-        """static: bytes of static shared memory of the kernel, at the beginning of the dynamic one."""
+        """static: bytes of the kernel's static shared memory, which precedes its dynamic shared memory."""
         self._most = 48 << 10
         self.name, self._static = name, static
         of = {what: getattr(library, f"cudasim_{what}_{name}") for what in ("launch", "params", "bound")}
@@ -97,14 +98,14 @@ class Function:
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size):
         if size > shared_memory:
-            raise ValueError(f"{self.name}: {size} bytes of shared memory; a block of this GPU has {shared_memory}")
+            raise ValueError(f"{self.name}: {size} bytes of shared memory; the limit per block is {shared_memory}")
         self._most = size
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         if len(args) != len(self.kinds):
             raise TypeError(f"{self.name} takes {len(self.kinds)} arguments, {len(args)} given")
         if min(grid) < 1 or min(block) < 1 or math.prod(block) > self.bound or max((*grid, 1, 1)[1:]) > 65535:
-            raise ValueError(f"{self.name}: no GPU takes a grid of {grid} and blocks of {block} (bound: {self.bound})")
+            raise ValueError(f"{self.name}: no GPU supports grid {grid} with blocks of {block} (bound: {self.bound})")
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise ValueError(f"{self.name}: {shared_mem} bytes of shared memory; set max_dynamic_shared_size_bytes")
         cells = [self.cell(i, value, kind) for i, (value, kind) in enumerate(zip(args, self.kinds, strict=True))]
@@ -112,7 +113,7 @@ class Function:
         sizes = (ctypes.c_uint * 6)(*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3])
         arrays = [x for x in map(array_of, args) if isinstance(x, np.ndarray)]
         if any(x.dtype == np.uint64 for x in arrays):
-            arrays = []  # a table of addresses, which may lead to any array
+            arrays = []  # a table of addresses, which may point into any array
         spans = (ctypes.c_size_t * (2 * len(arrays)))(*(n for x in arrays for n in (x.ctypes.data, x.nbytes)))
         error = self.launch(sizes, ctypes.c_size_t(shared_mem + self._static), pointers, schedule, spans, len(arrays))
         if error:
@@ -120,11 +121,11 @@ class Function:
 
     def cell(self, i, value, kind):
         value = array_of(value)
-        if kind == "p":  # CuPy passes the pointer alone: strides would be ignored
+        if kind == "p":  # CuPy passes only the pointer, so strides would be ignored
             if value is None:
                 return ctypes.c_void_p(None)
             if isinstance(value, np.ndarray) and value.flags.c_contiguous:
                 return ctypes.c_void_p(value.ctypes.data)
         elif isinstance(value, np.generic) and value.dtype.kind in "V" + kind[0] and str(value.itemsize) == kind[1:]:
-            return ctypes.create_string_buffer(value.tobytes())  # CuPy passes a Python number as 8 bytes
+            return ctypes.create_string_buffer(value.tobytes())  # CuPy would pass a Python number as 8 bytes
         raise TypeError(f"{self.name}: argument {i} must be {kind}, got {type(value)} {getattr(value, 'dtype', '')}")

@@ -3,21 +3,21 @@
 // Every CUDA thread is a fiber with its own stack, which yields only at barriers, in warp collectives, and while it
 // waits for another block. Between two such points it runs alone. The caller selects the schedule (0: the first warp
 // runs as far ahead as it can, 1: the last warp does, 2 and more: warps run at random rates), so that a missing barrier
-// gives a result that is wrong or depends on the schedule. Blocks run one after the other; a block that only waits lets
-// the next one start, and blocks are then scheduled in the same way (0: the first block that can run, 1: the last one,
-// 2 and more: a random block runs ahead of the others for a while).
+// gives a result that is wrong or depends on the schedule. Blocks run one after the other. If all threads of a block
+// wait, the next block starts, and the blocks are then scheduled in the same way (0: the first block that can run,
+// 1: the last one, 2 and more: a random block runs ahead of the others for a while).
 //
-// The program stops with a message at divergent barriers, warp collectives whose mask contains lanes that have exited
-// or left, lanes that meet in different collectives, asynchronous copies that are never waited for, ldmatrix and
-// cp.async outside shared memory or (for reads) outside the arrays that were passed, and misaligned accesses. Shared
-// memory, static and dynamic, is filled with NaN when a block starts, and so is the target of cp.async until it is
-// waited for.
+// A launch stops with an error message at divergent barriers, warp collectives whose mask contains exited lanes or omits
+// the calling lane, lanes of a warp that call different collectives, asynchronous copies that are never waited for,
+// ldmatrix and cp.async outside shared memory or (for reads) outside the arrays that were passed, and misaligned
+// accesses. Shared memory, static and dynamic, is filled with NaN when a block starts, and so is the destination of
+// cp.async until the thread has waited for it.
 //
-// Supported: threadIdx and so on, __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4,
-// bf16, ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async, the shared memory of a cluster's blocks and their barrier.
-// Not modelled: the order in which a GPU makes writes visible, bank conflicts, registers, a plain access past the end of
-// an array, lanes that meet in the same collective at two places, wgmma, TMA, more blocks than a GPU has room for, denormal
-// numbers (CuPy compiles with -ftz=true), and the GPU's approximations of exp and other functions.
+// Supported: threadIdx etc., __shared__, __syncthreads, __syncwarp, shuffles, ballot, atomics, float4 and uint4, bf16,
+// ldmatrix, mma.m16n8k16 (bf16 -> f32), cp.async, and the barrier and distributed shared memory of a cluster.
+// Not modelled: the order in which a GPU makes writes visible, bank conflicts, registers, ordinary accesses past the end
+// of an array, lanes that call the same collective from two places in the code, wgmma, TMA, the number of blocks that fit
+// on a GPU, denormal numbers (CuPy compiles with -ftz=true), and the GPU's approximations of exp and other functions.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,7 +36,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-// One block at a time may use it. (The poisoning of it is put in by __init__.py.)
+// Only one block at a time may use it. (__init__.py inserts the code that fills it with NaN.)
 #define __shared__ static
 #define __cluster_dims__(...)
 #define __grid_constant__
@@ -72,7 +72,7 @@ namespace cudasim {
 
 // Fibers --------------------------------------------------------------------------------------------------------------
 
-// Store the registers that a function has to preserve, and the stack pointer in *save; continue where `load` was stored.
+// Push the callee-saved registers, store the stack pointer in *save, and continue with the stack pointer `load`.
 #if defined(__x86_64__)
 extern "C" void cudasim_switch(void** save, void* load);
 asm(R"(.text
@@ -98,7 +98,7 @@ cudasim_switch:
 #error "add a ucontext switch for this processor"
 #endif
 
-// Where a fiber stands: it can run, waits for its block, waits in a collective of its warp, has exited, or waits for
+// The state of a fiber: it can run, waits in __syncthreads, waits in a collective of its warp, has exited, or waits for
 // another block.
 enum Kind { RUN = 0, BLOCK = 1, SYNCWARP, SHFL, BALLOT, LDMATRIX, MMA, DONE, WAIT, KINDS };
 static const char* const kind_name[] = {"running",  "__syncthreads", "__syncwarp", "shfl",  "ballot",
@@ -106,7 +106,7 @@ static const char* const kind_name[] = {"running",  "__syncthreads", "__syncwarp
 #ifndef CUDASIM_STACK
 #define CUDASIM_STACK 64
 #endif
-constexpr size_t STACK = CUDASIM_STACK << 10, SLOT = 64;  // bytes: of a stack, and that a lane can give in one exchange
+constexpr size_t STACK = CUDASIM_STACK << 10, SLOT = 64;  // in bytes: a stack, and a lane's data in one exchange
 
 struct Copy {
   void* d;
@@ -117,16 +117,16 @@ struct Copy {
 struct Fiber {
   void* sp;
   int state;
-  unsigned mask;  // of the collective it waits in
-  int parity;     // which slot its next exchange uses
-  size_t clusters;  // cluster barriers that it came to
+  unsigned mask;  // of the collective in which it waits
+  int parity;     // the slot that its next exchange uses
+  size_t clusters;  // number of cluster barriers that it has reached
   dim3 tid;
-  std::vector<std::vector<Copy>> groups;  // of cp.async, the oldest first; the last is not committed
+  std::vector<std::vector<Copy>> groups;  // of cp.async, oldest first; the last one is not committed
 };
 
 struct Warp {
-  unsigned arrived = 0, alive = 0;     // lanes in a collective, lanes that have not exited
-  alignas(16) char slot[2][32][SLOT];  // what the lanes give each other
+  unsigned arrived = 0, alive = 0;     // lanes that wait in a collective; lanes that have not exited
+  alignas(16) char slot[2][32][SLOT];  // data that the lanes exchange
 };
 
 struct Block {
@@ -134,28 +134,28 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   char *stacks, *memory;  // dynamic shared memory
-  int alive, arrived;     // fibers that have not exited, that wait in __syncthreads
-  std::vector<int> clusters;  // how many came to each cluster barrier
+  int alive, arrived;     // number of fibers that have not exited, and that wait in __syncthreads
+  std::vector<int> clusters;  // number of fibers that have reached each cluster barrier
   char* dynamic() { return (char*)(((uintptr_t)memory + 127) & ~(uintptr_t)127); }
 };
 
-inline std::vector<Block*> blocks;  // by number; null until they begin
-inline std::vector<Block*> living;  // that have begun and not ended
-inline Block* now;                  // whose fiber runs
-inline int cur;                     // which one of them
+inline std::vector<Block*> blocks;  // by number; null until they start
+inline std::vector<Block*> living;  // blocks that have started and not finished
+inline Block* now;                  // the block whose fiber is running
+inline int cur;                     // the index of that fiber
 inline int order;
-inline void* main_sp;               // the scheduler's
-inline std::vector<char*> spare;    // stacks of blocks that have ended
+inline void* main_sp;               // the scheduler's stack pointer
+inline std::vector<char*> spare;    // stacks of finished blocks
 inline size_t spare_threads, dynamic_size;
 inline char* dyn_smem() { return now->dynamic(); }
 struct Span {
   const char* start;
   size_t size;
 };
-inline std::vector<Span> arrays, shared;  // what the launch was given; dynamic shared memory and the static variables met
+inline std::vector<Span> arrays, shared;  // the launch's arrays; dynamic shared memory and the static variables used so far
 inline unsigned long blocks_started;
 inline std::function<void()> body;  // the kernel with its arguments
-inline std::string error;           // the first
+inline std::string error;           // the first error
 
 inline void fail(const std::string& m) {
   if (error.empty()) error = m;
@@ -163,19 +163,19 @@ inline void fail(const std::string& m) {
 
 inline void yield_to_main() { cudasim_switch(&now->fibers[cur].sp, main_sp); }
 
-// Let others run until one of them has done something.
+// Let other fibers run until one of them has made progress.
 inline void wait() {
   now->fibers[cur].state = WAIT;
   yield_to_main();
 }
 
-// Report an error, and never continue.
+// Report an error, and stop this fiber.
 inline void stop(const std::string& m) {
   fail(m);
   for (;;) yield_to_main();
 }
 
-// Check 16 bytes, which must be inside one of the spans.
+// Check that 16 bytes are aligned and inside one of the spans.
 inline void check(const void* p, const std::vector<Span>& spans, const char* what) {
   if ((uintptr_t)p % 16) stop(std::string(what) + ": an address that is not a multiple of 16");
   for (auto& span : spans)
@@ -183,16 +183,16 @@ inline void check(const void* p, const std::vector<Span>& spans, const char* wha
   stop(std::string(what) + ": an address outside " + (&spans == &shared ? "shared memory" : "the arrays"));
 }
 
-// The first thread of a block that comes to the declaration of a shared variable fills it with NaN.
+// The first thread of a block that reaches the declaration of a shared variable fills it with NaN.
 inline void poison(void* variable, size_t size, unsigned long& block) {
   if (block == blocks_started) return;
-  if (living.size() > 1) stop("static shared memory in a kernel whose blocks wait for each other: only one block has it here");
+  if (living.size() > 1) stop("static shared memory in a kernel whose blocks wait for each other: not supported by the simulator");
   if (!block) shared.push_back({(char*)variable, size});
   block = blocks_started;
   memset(variable, 0xFF, size);
 }
 
-// Meeting points ------------------------------------------------------------------------------------------------------
+// Barriers and collectives --------------------------------------------------------------------------------------------
 
 inline void release_block() {
   if (now->arrived && now->arrived == now->alive) {
@@ -209,13 +209,13 @@ inline void syncthreads() {
   yield_to_main();
 }
 
-// All lanes named in the mask meet here; the last one lets the others go.
+// All lanes in the mask wait here until the last one arrives.
 inline void warp_meet(unsigned mask, int kind) {
   int w = cur / 32, lane = cur % 32;
   Warp& W = now->warps[w];
   Fiber& f = now->fibers[cur];
-  if (!(mask >> lane & 1)) fail("a lane calls a warp collective whose mask leaves it out");
-  if (mask & ~W.alive) fail(std::string(kind_name[kind]) + ": the mask names a lane that has exited");
+  if (!(mask >> lane & 1)) fail("a lane calls a warp collective whose mask does not contain it");
+  if (mask & ~W.alive) fail(std::string(kind_name[kind]) + ": the mask contains a lane that has exited");
   W.arrived |= 1u << lane;
   f.mask = mask;
   f.state = kind;
@@ -224,8 +224,8 @@ inline void warp_meet(unsigned mask, int kind) {
       if (mask >> l & 1) {
         Fiber& g = now->fibers[w * 32 + l];
         if (g.state == DONE) continue;
-        if (g.state != kind || g.mask != mask) fail("lanes of one warp meet in different collectives or masks");
-        if (kind != SYNCWARP && g.parity != f.parity) fail("lanes that differ in how many exchanges they had");
+        if (g.state != kind || g.mask != mask) fail("lanes of one warp call different collectives or use different masks");
+        if (kind != SYNCWARP && g.parity != f.parity) fail("lanes of one warp have made different numbers of exchanges");
         g.state = RUN;
       }
     W.arrived &= ~mask;
@@ -233,8 +233,8 @@ inline void warp_meet(unsigned mask, int kind) {
   yield_to_main();
 }
 
-// Give n bytes to the lanes of the mask, and read theirs. With two slots, which take turns, one meeting is enough: who
-// is ahead by one exchange writes to the other slot.
+// Pass n bytes to the lanes in the mask, and read theirs. Two alternating slots make a second barrier unnecessary: a lane
+// that is ahead by one exchange writes to the other slot.
 template <class F>
 inline auto exchange(unsigned mask, int kind, const void* v, size_t n, F read) {
   Fiber& f = now->fibers[cur];
@@ -245,14 +245,14 @@ inline auto exchange(unsigned mask, int kind, const void* v, size_t n, F read) {
   return read(now->warps[cur / 32].slot[p]);
 }
 
-// The block of this rank in the current one's cluster, or null if it has not started.
+// The block with this rank in the current block's cluster, or null if it has not started.
 inline Block* in_cluster(int size, int rank) {
   size_t i = blockIdx.x / size * size + rank;
   return i < blocks.size() ? blocks[i] : nullptr;
 }
 
 inline void cluster_barrier(int size) {
-  if (gridDim.x % size) stop("the grid is not a multiple of a cluster");
+  if (gridDim.x % size) stop("the grid size is not a multiple of the cluster size");
   size_t mine = now->fibers[cur].clusters++;
   now->clusters.resize(std::max(now->clusters.size(), mine + 1));
   now->clusters[mine]++;
@@ -261,7 +261,7 @@ inline void cluster_barrier(int size) {
     while (!there(in_cluster(size, rank))) wait();
 }
 
-// Where a fiber begins.
+// The entry point of a fiber.
 extern "C" inline void cudasim_entry() {
   body();
   int c = cur;
@@ -272,7 +272,7 @@ extern "C" inline void cudasim_entry() {
   if (W.arrived) fail("a thread exited while lanes of its warp wait in a collective");
   for (auto& g : now->fibers[c].groups)
     if (!g.empty()) {
-      fail("a thread exited with cp.async not waited for");
+      fail("a thread exited without waiting for its cp.async");
       break;
     }
   release_block();
@@ -322,7 +322,7 @@ inline unsigned random(unsigned below) {
   return (random_bits >> 8) % below;
 }
 
-// Let a block run until all its threads have exited or wait; whether one of them did something.
+// Run a block until all its threads have exited or wait. Returns whether one of them made progress.
 inline bool run(Block* b) {
   now = b;
   blockIdx = b->id;
@@ -330,7 +330,7 @@ inline bool run(Block* b) {
   int n = b->fibers.size(), nw = b->warps.size();
   for (auto& f : b->fibers)
     if (f.state == WAIT) f.state = RUN;
-  auto pass = [&](int w) {  // run each ready lane of a warp to its next meeting point; whether there was one
+  auto pass = [&](int w) {  // run each ready lane of a warp to its next barrier; returns whether one made progress
     bool moved = false;
     for (int j = 0; j < 32; j++) {
       int i = w * 32 + (order == 1 ? 31 - j : j);
@@ -344,7 +344,7 @@ inline bool run(Block* b) {
     return moved;
   };
   bool moved = false;
-  if (order < 2) {  // one warp as far ahead of the others as it can get
+  if (order < 2) {  // one warp runs as far ahead of the others as it can
     for (bool again = true; again;) {
       again = false;
       for (int j = 0; j < nw && error.empty(); j++)
@@ -369,7 +369,7 @@ inline bool run(Block* b) {
   return moved;
 }
 
-// All blocks of a launch; the number of the one that something went wrong in, or of none.
+// Run all blocks of a launch. Returns the number of the block with an error, or `count`.
 inline unsigned run_all(unsigned count) {
   blocks.assign(count, nullptr);
   for (unsigned started = 0, idle = 0;;) {
@@ -377,7 +377,7 @@ inline unsigned run_all(unsigned count) {
     if (order < 2) {
       for (size_t j = 0; j < living.size() && error.empty() && !moved; j++)
         moved = run(living[order ? living.size() - 1 - j : j]);
-    } else if (size_t n = living.size()) {  // one ahead of the others for a while, then the next
+    } else if (size_t n = living.size()) {  // one block runs ahead of the others for a while, then the next one
       for (size_t j = 0, first = random(n); j < n && error.empty() && !moved; j++) {
         Block* b = living[(first + j) % n];
         for (bool more = true; more && b->alive && error.empty();) {
@@ -398,7 +398,7 @@ inline unsigned run_all(unsigned count) {
       continue;
     }
     if (living.empty()) return count;
-    if (++idle < 100) continue;  // who waits again may have done something in between
+    if (++idle < 100) continue;  // a block that waits again may have made progress in between
     std::vector<int> k(KINDS);
     for (Block* b : living)
       for (auto& f : b->fibers) k[f.state]++;
@@ -418,7 +418,7 @@ void call(void (*k)(A...), void** a, std::index_sequence<I...>) {
   body = [=] { k(*(std::decay_t<A>*)a[I]...); };
 }
 
-// A parameter's type as __init__.py checks it: p for a pointer, or f, u or i (a struct too) and its size.
+// A parameter's type as __init__.py checks it: p for a pointer; otherwise f, u or i (also for a struct), and its size.
 template <class T>
 std::string kind() {
   if (std::is_pointer_v<T>) return "p";
@@ -433,7 +433,7 @@ const char* params(void (*)(A...)) {
   return s.c_str();
 }
 
-// gb: the grid's and the block's three sizes. Returns what went wrong, or null.
+// gb: the three sizes of the grid, and the three sizes of the block. Returns an error message, or null.
 template <class... A>
 const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args, int ord, const Span* spans, int n) {
   error.clear();
@@ -461,7 +461,7 @@ const char* launch(void (*k)(A...), const unsigned* gb, size_t smem, void** args
 inline unsigned first(unsigned n, ...) { return n; }
 }  // namespace cudasim
 
-// What g++ -fsanitize=alignment calls; the first field of `where` is the place in the source.
+// Called by code that is compiled with -fsanitize=alignment. `where` starts with the source location.
 extern "C" __attribute__((weak)) void __ubsan_handle_type_mismatch_v1(void* where, void*) {
   struct Place {
     const char* file;
@@ -476,7 +476,7 @@ extern "C" __attribute__((weak)) void __ubsan_handle_type_mismatch_v1(void* wher
     cudasim::poison((void*)&name, sizeof name, block); \
   } while (0)
 #define DYN_SMEM(T, name) T* name = (T*)cudasim::dyn_smem()
-// A kernel, and its launch bounds.
+// Export a kernel and its launch bounds.
 #define CUDASIM_EXPORT(k, ...)                                                                  \
   extern "C" unsigned cudasim_bound_##k() { return cudasim::first(__VA_ARGS__); }               \
   extern "C" const char* cudasim_params_##k() { return cudasim::params(k); }                    \
@@ -492,7 +492,7 @@ inline void __syncwarp(unsigned m = ~0u) { cudasim::warp_meet(m, cudasim::SYNCWA
 inline unsigned __activemask() { return cudasim::now->warps[cudasim::cur / 32].alive; }
 template <class T>
 T cudasim_shfl(unsigned m, T v, int src) {
-  if (!(m >> src & 1)) cudasim::fail("shfl: reads a lane that the mask does not name");
+  if (!(m >> src & 1)) cudasim::fail("shfl: reads a lane that the mask does not contain");
   return cudasim::exchange(m, cudasim::SHFL, &v, sizeof v, [=](auto& s) {
     T r;
     memcpy(&r, s[src], sizeof r);
@@ -581,7 +581,7 @@ inline unsigned bf16_pair(float first, float second) {
   return __float2bfloat16_rn(first).u | (unsigned)__float2bfloat16_rn(second).u << 16;
 }
 
-// Tensor cores and asynchronous copies, which common.cuh has in PTX --------------------------------------------------
+// Tensor cores and asynchronous copies, which common.cuh implements in PTX -------------------------------------------
 
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   cudasim::check(row, cudasim::shared, "ldmatrix");
@@ -651,13 +651,13 @@ inline void cluster_barrier() {
 template <int SIZE, class T>
 inline T* in_block(T* place, unsigned rank) {
   cudasim::Block* there = rank < SIZE ? cudasim::in_cluster(SIZE, rank) : nullptr;
-  if (!there || !there->alive) cudasim::stop("a block of the cluster that has not begun, or has ended");
+  if (!there || !there->alive) cudasim::stop("a block of the cluster that has not started, or has finished");
   std::ptrdiff_t at = (char*)place - cudasim::now->dynamic();
-  if (at < 0 || at + sizeof(T) > cudasim::dynamic_size) cudasim::stop("a place outside shared memory");
+  if (at < 0 || at + sizeof(T) > cudasim::dynamic_size) cudasim::stop("an address outside shared memory");
   return (T*)(there->dynamic() + at);
 }
 
-inline void prefetch_l2(const void* p) { (void)*(const volatile char*)p; }  // a GPU would overlook a wrong address
+inline void prefetch_l2(const void* p) { (void)*(const volatile char*)p; }  // a GPU would ignore a wrong address
 inline void cp_async_commit() { cudasim::now->fibers[cudasim::cur].groups.emplace_back(); }
 template <int N>
 inline void cp_async_wait() {

@@ -1,5 +1,4 @@
-"""Helpers of the tests of CUDA kernels: launchers on NumPy arrays and the simulator, against reference.py in
-float64."""
+"""Compare simulated CUDA kernels on NumPy arrays with reference.py in float64."""
 
 import types
 
@@ -12,16 +11,16 @@ from tinygrad2.kernels import cuda
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.dtype(np.float32)
-TOLERANCE = {BF16: 6e-3, F32: 3e-6}  # relative to the largest element: a bit of each type, and some rounding
+TOLERANCE = {BF16: 6e-3, F32: 3e-6}  # relative to the largest element: one rounding to each type, and a margin
 
 
 def empty(shape, dtype):
-    """What nothing has been written to is NaN."""
+    """A new array, filled with NaN so that missing writes are detected."""
     return np.full(shape, np.nan, dtype)
 
 
 class Array(np.ndarray):
-    """An array with an address, as CuPy's arrays have."""
+    """An array that provides its address as CuPy's arrays do."""
 
     data = property(lambda self: types.SimpleNamespace(ptr=self.ctypes.data))
 
@@ -41,8 +40,11 @@ def wide(x):
 
 
 def check(k, name, args, added=0):
-    """Call a kernel and the reference on the same values, and compare what they return and the last `added` arguments,
-    which are added to. Returns all results."""
+    """Call a kernel and the reference on the same values, and compare their results.
+
+    The results include the last `added` arguments, to which the function adds. The other arguments must be unchanged.
+    Returns all results of the kernel.
+    """
     ours = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
     theirs = [wide(a) for a in args]
     got, expected = getattr(k, name)(*ours), getattr(reference, name)(*theirs)
@@ -66,16 +68,16 @@ def normal(*shape, dtype=F32, seed=0, scale=1.0):
 
 
 def unaligned(array):
-    """The same matrix, one element after a multiple of 16 bytes; anything else unchanged."""
+    """A copy of a matrix whose address is one element past a 16-byte boundary; other values are returned unchanged."""
     if not isinstance(array, np.ndarray) or array.ndim != 2:
         return array
-    room = np.empty(array.size + 1, array.dtype)
-    room[1:] = array.reshape(-1)
-    return room[1:].reshape(array.shape)
+    memory = np.empty(array.size + 1, array.dtype)
+    memory[1:] = array.reshape(-1)
+    return memory[1:].reshape(array.shape)
 
 
 def check_unaligned(cases):
-    """Matrices at any offset give the same bits."""
+    """Check that unaligned matrices give the same bits as aligned ones."""
     k = kernels()
     for name, args, _ in cases:
         aligned, apart = ([a.copy() if isinstance(a, np.ndarray) else a for a in args] for _ in range(2))
@@ -85,7 +87,7 @@ def check_unaligned(cases):
 
 
 def check_fallback(cases):
-    """In float64 the kernels are the reference's functions."""
+    """Check that in float64, the kernels are the functions of reference.py."""
     for name, args, added in cases:
         args = [wide(a) for a in args]
         theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
@@ -98,7 +100,7 @@ def check_fallback(cases):
 
 
 def bits_in(schedule, run):
-    """The bits of the arrays that `run` returns, computed in one of the simulator's schedules."""
+    """The bits of the arrays that `run` returns with one of the simulator's schedules."""
     cudasim.schedule = schedule
     try:
         return [result.tobytes() for result in run()]
@@ -107,7 +109,7 @@ def bits_in(schedule, run):
 
 
 def fault_is_caught(inject, run):
-    """Whether a fault changes bits, or fails a check, in some schedule."""
+    """Whether a fault changes bits or fails a check with at least one schedule."""
     right = bits_in(0, run)
     inject()
 

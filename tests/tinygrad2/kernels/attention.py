@@ -1,4 +1,4 @@
-"""What tests of the attention kernels share: launchers on NumPy arrays and the simulator, random activations."""
+"""Helpers for tests of the attention kernels: simulated kernels on NumPy arrays, and random activations."""
 
 import math
 import types
@@ -18,7 +18,7 @@ def poisoned(shape, dtype):
 
 
 def no_reference(*arguments):
-    raise AssertionError("this has a kernel")
+    raise AssertionError("the reference was called for a case that has a kernel")
 
 
 H200 = cuda.Multiprocessor(228 << 10, 2048)
@@ -48,12 +48,12 @@ def error(result, expected):
 
 
 def in_every_schedule(call, monkeypatch):
-    """The results of a call, which must be bitwise equal for any order of the threads."""
+    """The results of a call, which must be bit-identical for any order of the threads."""
     results = []
     for schedule in range(4):
         monkeypatch.setattr(cudasim, "schedule", schedule)
         results.append(call())
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
-            assert one.tobytes() == two.tobytes(), "depends on the schedule"
+            assert one.tobytes() == two.tobytes(), "the result depends on the schedule"
     return results[0]

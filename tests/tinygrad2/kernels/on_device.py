@@ -1,4 +1,4 @@
-"""Helpers of the tests of CUDA kernels on the stand-in for CuPy: launchers whose products are NumPy's."""
+"""Helpers for tests of CUDA kernels on the stand-in for CuPy. NumPy computes the matrix products."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from tests.stand_ins.strict_cupy import library, ndarray
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # of the norm; bfloat16 rounds at 2^-9
+TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}  # relative to the norm; bfloat16 rounds by up to 2^-9
 
 
 class Simulated(type(library)):
-    """The stand-in for CuPy, with kernels. New arrays are filled with NaN."""
+    """The stand-in for CuPy with simulated kernels. New arrays are filled with NaN."""
 
     RawModule = cudasim.RawModule
 
@@ -20,7 +20,7 @@ class Simulated(type(library)):
 
 
 def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=False, scale=None):
-    """CudaKernels.gemm, by NumPy."""
+    """CudaKernels.gemm, computed by NumPy."""
     dtype = a.dtype
     a, b = (x._a.astype("f4").T if turned else x._a.astype("f4") for x, turned in ((a, transpose_a), (b, transpose_b)))
     with np.errstate(invalid="ignore"):
@@ -31,8 +31,8 @@ def gemm(a, b, out=None, *, transpose_a=False, transpose_b=False, accumulate=Fal
     return out
 
 
-def made():
-    """The launchers, with products by NumPy."""
+def make_kernels():
+    """The kernels' launchers, with matrix products by NumPy."""
     table = cuda.CudaKernels(Simulated(), reference)
     table.gemm = gemm
     return table
@@ -53,12 +53,12 @@ def error(array, right):
 
 
 def schedules(compute):
-    """The results of `compute`, which must be the same bits however the threads take turns."""
+    """The results of `compute`, which must be bit-identical for any order of the threads."""
     results = []
     for cudasim.schedule in range(4):
         results.append(compute())
     cudasim.schedule = 0
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert a._a.tobytes() == b._a.tobytes(), "depends on the schedule"
+            assert a._a.tobytes() == b._a.tobytes(), "the result depends on the schedule"
     return results[0]

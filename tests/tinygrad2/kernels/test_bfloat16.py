@@ -6,7 +6,7 @@ pytest.importorskip("numba")
 from tinygrad2.kernels.bfloat16 import as_float32, bits, cast
 
 
-def test_every_float_is_rounded_to_bfloat16_as_ml_dtypes_rounds_it():
+def test_rounding_to_bfloat16_matches_ml_dtypes():
     words = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
     words[:8] = 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F7FFFFF, 0x00008000, 0x00018000
     x = words.view(np.float32)
@@ -18,7 +18,7 @@ def test_every_float_is_rounded_to_bfloat16_as_ml_dtypes_rounds_it():
     np.testing.assert_array_equal(as_float32(found), found.astype(np.float32))
 
 
-def test_a_conversion_keeps_the_memory_layout():
+def test_a_conversion_preserves_the_memory_layout():
     x = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
     for given in (x, x.T, x[:, ::2], x[:3], x[0]):
         found = cast(given, np.dtype(bfloat16))

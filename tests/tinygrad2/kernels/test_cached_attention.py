@@ -1,4 +1,4 @@
-"""Attention of one more token to a key-value cache, kernels/cpu.py and kernels/cached_attention.py, against float64."""
+"""kernels/cached_attention.py: attention of a new token to a key-value cache, compared with float64."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float32, bfloat16], ids=["float32"
 
 @pytest.fixture
 def eight_lanes(monkeypatch):
-    """The width of vectors without AVX-512, compiled here and not kept on disk."""
+    """Use the vector width of processors without AVX-512. The compiled code is not cached on disk."""
     for module in (gemv, cached_attention):
         monkeypatch.setattr(module, "LANES", 8)
     monkeypatch.setattr(pool, "cfunc", lambda signature, cache: cfunc(signature))
@@ -32,7 +32,7 @@ def given(dtype, B=1, H=3, D=64, capacity=EDGE + 70, seed=0):
 
 
 def check(qkv, cache, position, bound=None):
-    """The result, after comparing it with the reference; positions that are not in use do not matter."""
+    """The result, after comparing it with the reference. Unused positions of the cache contain NaN."""
     H, cache = cache.shape[2], cache.copy()
     cache[:, :, :, position:] = np.nan
     wide = cache.astype(np.float64)
@@ -48,20 +48,20 @@ def check(qkv, cache, position, bound=None):
 
 @DTYPES
 @pytest.mark.parametrize("position", [0, 1, 2, 3, 4, 63, EDGE - 1, EDGE, EDGE + 1, EDGE + 69])
-def test_it_equals_the_reference_at_the_edges_of_groups_and_blocks(dtype, position):
-    for B, H, D in ((1, 3, 64), (2, 1, 32), (3, 2, 128), (2, 2, 20)):  # the loops do not support the last size
+def test_the_kernel_equals_the_reference_at_the_edges_of_groups_and_blocks(dtype, position):
+    for B, H, D in ((1, 3, 64), (2, 1, 32), (3, 2, 128), (2, 2, 20)):  # the last size is not specialized
         check(*given(dtype, B, H, D), position)
 
 
 @DTYPES
-def test_vectors_of_eight(dtype, eight_lanes):
+def test_vectors_of_eight_lanes_equal_the_reference(dtype, eight_lanes):
     for position in (0, 6, EDGE + 5):
         check(*given(dtype, D=64), position)
         check(*given(dtype, D=24), position)
 
 
 @DTYPES
-def test_the_number_of_threads_changes_no_bit(dtype, set_threads):
+def test_results_are_bit_identical_for_any_number_of_threads(dtype, set_threads):
     qkv, cache = given(dtype, B=2, capacity=3 * EDGE)
     outcomes = []
     for count in (1, 2, 3, 5):
@@ -72,7 +72,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, set_threads):
 
 
 @DTYPES
-def test_other_texts_in_the_batch_change_no_bit(dtype):
+def test_results_do_not_depend_on_other_texts_in_the_batch(dtype):
     qkv, cache = given(dtype, B=3)
     together = check(qkv, cache, EDGE + 3)
     for b in range(3):
@@ -80,8 +80,8 @@ def test_other_texts_in_the_batch_change_no_bit(dtype):
         np.testing.assert_array_equal(alone[0].view(np.uint8), together[b].view(np.uint8))
 
 
-def test_scores_of_any_size_and_a_block_that_counts_for_nothing():
-    """Scores far from each other, so that all keys of the first block or of the second have weight 0."""
+def test_large_scores_and_a_block_with_zero_weight():
+    """The scores of the two blocks differ so much that all keys of one block have weight 0."""
     qkv, cache = given(np.float32, H=1, seed=3)
     qkv[:] = np.abs(qkv) * 30
     for sign in (1, -1):
@@ -100,7 +100,7 @@ def test_keys_of_minus_infinity_have_no_weight():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", [0, 1], ids=["keys", "values"])
-def test_what_is_not_finite_shows(kind, bad):
+def test_values_that_are_not_finite_propagate(kind, bad):
     qkv, cache = given(np.float32, H=2)
     cache[kind, 0, 0, 5, 7] = bad
     qkv[:] = np.abs(qkv)

@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/cpu.py: every kernel against the function of the same name in reference.py."""
+"""Compare every kernel in tinygrad2/kernels/cpu.py with the function of the same name in reference.py."""
 
 import inspect
 import math
@@ -20,11 +20,11 @@ NAMES = [
     if inspect.isfunction(function) and function.__module__ == cpu.__name__ and not name.startswith("_")
 ]
 KEY = Key(11, step=3, first_sample=5, site=2)
-SHAPES = [(1, 1, 4), (2, 5, 12), (3, 131, 20), (1, 300, 8), (2, 64, 96)]  # B, T, C, the heads C / 4 wide
+SHAPES = [(1, 1, 4), (2, 5, 12), (3, 131, 20), (1, 300, 8), (2, 64, 96)]  # B, T, C
 
 
 def arguments(name, shape, seed=0):
-    """Arguments for a kernel, in float64; arrays that are changed in place are among them."""
+    """Arguments for a kernel in float64, including arrays that it changes in place."""
     R = np.random.default_rng(seed)
     B, T, C = shape
     H, V = 2, 37
@@ -110,7 +110,7 @@ def convert(value, dtype, how=np.array):
 
 
 def awkward(array):
-    """The same values with gaps between the elements, read-only."""
+    """A read-only view with the same values and gaps between the elements."""
     if array.ndim == 0:
         return array
     wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), np.nan, dtype=array.dtype)
@@ -125,7 +125,7 @@ def error(result, expected):
 
 
 def results(returned, given, name):
-    """All results of a kernel: those that it returns, and the arguments that it changed."""
+    """All results of a kernel: its return values, and the arguments that it changed."""
     returned = returned if isinstance(returned, tuple) else (returned,)
     if name == "squared_norm":
         returned = (reference.norm(returned[0]),)
@@ -161,7 +161,7 @@ def test_a_kernel_equals_the_reference(name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_unusual_strides_and_read_only_inputs(name):
+def test_strided_read_only_inputs_give_the_same_results(name):
     for values in arguments(name, (2, 67, 12)):
         plain, strided = ([convert(value, np.float32) for value in values] for _ in range(2))
         for i, value in enumerate(strided):
@@ -174,7 +174,7 @@ def test_unusual_strides_and_read_only_inputs(name):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("adamw_step", "embedding_backward")])
-def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad):
+def test_nonfinite_values_propagate_as_in_the_reference(name, bad):
     values = arguments(name, (2, 67, 12))[0]
     spoiled = next(i for i, value in enumerate(values) if isinstance(value, np.ndarray) and value.dtype.kind == "f")
     values[spoiled] = values[spoiled].copy()
@@ -185,7 +185,7 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
         got = results(getattr(cpu, name)(*given), given, name)
     for result, right in zip(got, expected, strict=True):
         bad_here, bad_there = ~np.isfinite(result), ~np.isfinite(right)
-        if name == "attention_backward":  # in the reference NaN times 0 spreads over the mask, to keys no query saw
+        if name == "attention_backward":  # in the reference, NaN times 0 reaches masked keys too
             assert bad_here.any() == bad_there.any()
             assert not (bad_here & ~bad_there).any()
         else:
@@ -194,7 +194,7 @@ def test_a_value_that_is_not_finite_shows_where_the_reference_shows_it(name, bad
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])
 def test_sums_do_not_depend_on_the_number_of_threads(name, set_threads):
-    """Only our sums: BLAS may round differently if a product is divided into other parts."""
+    """Matrix products are excluded: BLAS may round differently if a product is divided differently."""
     outcomes = []
     for count in (1, 2, 3, 5):
         set_threads(count)
@@ -207,7 +207,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(name, set_threads):
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
 
-STATISTICS = {  # positions of the arguments that are float32 where the others are bfloat16
+STATISTICS = {  # positions of the arguments that are float32 when the others are bfloat16
     "linear_backward": {3, 4},
     "embedding_backward": {3, 4},
     "layernorm_forward": {1, 2},
@@ -225,7 +225,7 @@ SUMS = {  # positions of the results that are float32
     "attention_forward": {1},
     "cross_entropy_forward": {0, 1},
     "lm_head_forward": {0},
-    "embedding_forward": {0},  # rounded by the operation, which knows the type of the activations
+    "embedding_forward": {0},  # the operation rounds it to the dtype of the activations
     "embedding_backward": {0, 1},
 }
 UPDATES = ("squared_norm", "muon_momentum", "orthogonalize", "muon_step", "sgd_step", "adamw_step")  # float32 only
@@ -234,7 +234,7 @@ IN_BFLOAT16 = [name for name in NAMES if name not in UPDATES]
 
 @pytest.fixture(params=["float32 products", "oneDNN"])
 def products(request, monkeypatch):
-    """Products of bfloat16 by the portable path, and by oneDNN."""
+    """Compute bfloat16 products with the portable path, or with oneDNN."""
     if request.param == "float32 products":
         monkeypatch.setattr(cpu.onednn, "library", lambda: None)
     elif cpu.onednn.library() is None:
@@ -242,7 +242,7 @@ def products(request, monkeypatch):
 
 
 def in_bfloat16(name, values, how=np.array):
-    """The arguments rounded to bfloat16, or to float32 where they are statistics or sums."""
+    """The arguments rounded to bfloat16, or to float32 if they are statistics or sums."""
     kinds = ("float32" if i in STATISTICS.get(name, ()) else bfloat16 for i in range(len(values)))
     return [convert(value, kind, how) for value, kind in zip(values, kinds, strict=True)]
 
@@ -253,7 +253,7 @@ def as_float64(value):
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (3, 131, 20), (2, 64, 96)], ids=str)
 @pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_a_kernel_of_bfloat16_equals_the_reference_on_the_same_numbers(products, name, shape):
+def test_a_bfloat16_kernel_equals_the_reference_on_the_same_values(products, name, shape):
     for values in arguments(name, shape):
         given = in_bfloat16(name, values)
         wider = [as_float64(value) for value in given]
@@ -267,7 +267,7 @@ def test_a_kernel_of_bfloat16_equals_the_reference_on_the_same_numbers(products,
             narrow = not parameter and i not in SUMS.get(name, ())
             assert result.dtype == (bfloat16 if narrow else np.float32)
             assert result.shape == right.shape
-            # A result is rounded once, by 2^-9 at most; a sum and logits are rounded before what follows in the kernel.
+            # A result is rounded once, by at most 2^-9. Sums and logits are rounded before the kernel continues.
             bound = {"add_layernorm_forward": 4e-3, "lm_head_forward": 2e-2}.get(name, 4e-3 if narrow else 1e-3)
             assert error(result, right) <= bound, i
         for i, (value, old) in enumerate(zip(given, before, strict=True)):
@@ -276,7 +276,7 @@ def test_a_kernel_of_bfloat16_equals_the_reference_on_the_same_numbers(products,
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_unusual_strides_and_read_only_inputs_of_bfloat16(products, name):
+def test_strided_read_only_bfloat16_inputs_give_the_same_results(products, name):
     for values in arguments(name, (2, 67, 12)):
         plain, strided = (in_bfloat16(name, values) for _ in range(2))
         for i, value in enumerate(strided):
@@ -289,7 +289,7 @@ def test_unusual_strides_and_read_only_inputs_of_bfloat16(products, name):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [name for name in IN_BFLOAT16 if name != "embedding_backward"])
-def test_a_bfloat16_that_is_not_finite_shows_where_the_reference_shows_it(products, name, bad):
+def test_nonfinite_bfloat16_values_propagate_as_in_the_reference(products, name, bad):
     values = in_bfloat16(name, arguments(name, (2, 67, 12))[0])
     spoiled = next(i for i, v in enumerate(values) if isinstance(v, np.ndarray) and v.dtype == bfloat16)
     values[spoiled].reshape(-1)[5] = bad
@@ -309,8 +309,8 @@ def test_a_bfloat16_that_is_not_finite_shows_where_the_reference_shows_it(produc
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_result(name, set_threads):
-    """This includes products: they are divided into rows, and oneDNN computes a row in the same way in every part."""
+def test_bfloat16_results_do_not_depend_on_the_number_of_threads(name, set_threads):
+    """Products are included: they are divided by rows, and oneDNN computes a row in the same way in every part."""
     if cpu.onednn.library() is None and name.startswith(("linear", "lm_head")):
         pytest.skip(cpu.onednn.unavailable_reason())
     outcomes = []
@@ -323,7 +323,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_result(name, set_thr
             np.testing.assert_array_equal(result, right)
 
 
-def test_operations_without_a_kernel_of_bfloat16_are_computed_in_float32():
+def test_operations_without_a_bfloat16_kernel_are_computed_in_float32():
     R = np.random.default_rng(0)
     x, y = (R.normal(size=(3, 40, 40)).astype(bfloat16) for _ in range(2))
     for name, given in {
@@ -349,7 +349,7 @@ def test_gelu_of_large_arguments():
     np.testing.assert_allclose(slope[0], reference.gelu_backward(np.ones(8), x[:-1].astype("d"), None, None), atol=1e-6)
 
 
-def test_the_table_overrides_some_functions_and_keeps_the_rest():
+def test_the_kernel_table_overrides_some_functions_and_keeps_the_others():
     table = kernel_table(reference, cpu)
     assert table.gelu_forward is cpu.gelu_forward
     assert table.exp_forward is reference.exp_forward
@@ -364,8 +364,8 @@ def test_the_table_overrides_some_functions_and_keeps_the_rest():
         ("", "tinygrad2.kernels.cpu"),
     ],
 )
-def test_which_table_is_used(before, module):
+def test_the_kernel_table_depends_on_the_environment(before, module):
     code = f"{before}\nfrom tinygrad2.backend import get_backend\nprint(get_backend().kernels.gelu_forward.__module__)"
     env = {key: value for key, value in os.environ.items() if key != "TINYGRAD2_KERNELS"}
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert said.stdout.strip() == module
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == module

@@ -1,8 +1,8 @@
-"""A whole bfloat16 training step through the CUDA kernels and the GEMM module, on a machine without a GPU.
+"""Complete training steps with the CUDA kernels and the GEMM module, on a machine without a GPU.
 
-The kernels' own CUDA C++ runs in the simulator (tests/stand_ins/cudasim), products go through the real calls to a
-stand-in of
-cublasLt, arrays follow CuPy's rules (tests/stand_ins/strict_cupy.py). A family's own tests are in test_cuda_FAMILY.py.
+The CUDA C++ of the kernels runs in the simulator (tests/stand_ins/cudasim). Matrix products use a stand-in for
+cuBLASLt, and arrays follow CuPy's rules (tests/stand_ins/strict_cupy.py). The tests of each family are in
+test_cuda_FAMILY.py.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from tinygrad2 import Key, no_grad, ops, optim
 from tinygrad2.backend import get_backend
 
 CONFIG = GPT2Config(vocab_size=101, n_positions=80, n_embd=128, n_layer=2, n_head=2)  # heads of 64, dropout 0.1
-BOUND = 2e-2  # |a - b| / |b| in bfloat16, whose numbers have 8 significant bits
+BOUND = 2e-2  # |a - b| / |b| in bfloat16, which has 8 significant bits
 BOUNDS = {"bfloat16": BOUND, "tf32": 3e-3, "float32": 2e-5}
 
 
@@ -28,7 +28,7 @@ def device(cublaslt):
 
 def batch(rows=3, length=70):
     windows = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(rows, length + 1))
-    windows[:, ::3] = 7  # a token that is frequent
+    windows[:, ::3] = 7  # a frequent token
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -37,13 +37,13 @@ def distance(a, b):
 
 
 def step(device, dtype, **options):
-    """The loss, the gradients, the norm and the parameters of one step."""
+    """Make one training step. Returns the loss, the norm, the gradients, the model, and the count of implicit syncs."""
     model = GPT2(CONFIG, device=device, dtype=dtype, **options)
     optimizer = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     loss = model.loss(*batch(), Key(3, 1, first_sample=5)) * 0.5
     loss.backward()
     fetch = model.backend.fetch(loss.data, optimizer.step(max_norm=1.0))
-    waits = strict_cupy.device.syncs  # before anything is read
+    waits = strict_cupy.device.syncs  # before the test itself reads values
     gradients = {name: model.backend.to_host(p.grad).copy() for name, p in model.named_parameters()}
     return *fetch.get(), gradients, model, waits
 
@@ -51,7 +51,7 @@ def step(device, dtype, **options):
 @pytest.mark.parametrize(
     "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "tf32"))]
 )
-def test_a_training_step_equals_the_cpus(device, dtype):
+def test_a_training_step_agrees_with_the_cpu(device, dtype):
     loss, norm, gradients, model, waits = step("cuda", dtype)
     true_loss, true_norm, true_gradients, true_model, _ = step("cpu", "float32")
     bound = BOUNDS[dtype]
@@ -64,7 +64,7 @@ def test_a_training_step_equals_the_cpus(device, dtype):
     }
     assert {name: error for name, error in errors.items() if not error < bound} == {}
     for (name, p), q in zip(model.named_parameters(), true_model.parameters(), strict=True):
-        # AdamW's first step is the gradient's sign, and that of the keys' bias is 0 except for rounding.
+        # AdamW's first step depends on the gradient's sign, and the gradient of the keys' bias is only rounding error.
         assert "c_attn.bias" in name or distance(p.numpy(), q.numpy()) < 0.1, name
         if dtype == "bfloat16":
             copy = copy_of(p)
@@ -73,7 +73,7 @@ def test_a_training_step_equals_the_cpus(device, dtype):
 
 
 @pytest.mark.slow
-def test_the_gradients_of_a_step_are_the_same_in_every_schedule(device, monkeypatch):
+def test_gradients_are_bit_identical_with_every_schedule(device, monkeypatch):
     results = []
     for order in range(3):
         monkeypatch.setattr(cudasim, "schedule", order)
@@ -86,7 +86,7 @@ def test_the_gradients_of_a_step_are_the_same_in_every_schedule(device, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"recompute": "block"}, {"head_rows": 64}], ids=str)
-def test_saving_memory_gives_the_same_result(device, options):
+def test_options_that_save_memory_give_the_same_result(device, options):
     loss, _, gradients, *_ = step("cuda", "bfloat16")
     other_loss, _, others, *_ = step("cuda", "bfloat16", **options)
     assert other_loss == pytest.approx(loss, rel=1e-6)
@@ -98,7 +98,7 @@ def test_saving_memory_gives_the_same_result(device, options):
 
 
 @pytest.mark.slow
-def test_logits_have_gradients_too(device):
+def test_logits_propagate_gradients(device):
     results = {}
     for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
         model = GPT2(CONFIG, device=place, dtype=dtype)
@@ -112,7 +112,7 @@ def test_logits_have_gradients_too(device):
 
 
 @pytest.mark.slow
-def test_generation_reads_the_copies(device):
+def test_generation_uses_the_bfloat16_copies(device):
     model = GPT2(CONFIG, device="cuda", dtype="bfloat16")
     there = GPT2(CONFIG)
     with no_grad():
@@ -120,13 +120,13 @@ def test_generation_reads_the_copies(device):
     assert logits.dtype.name == "bfloat16"
     assert distance(logits.numpy(), true.numpy()) < BOUND
     (tokens,) = model.generate(list(range(10)), 12, temperature=0)
-    (again,) = model.generate(list(range(10)), 12, temperature=0, cache=False)
+    (uncached,) = model.generate(list(range(10)), 12, temperature=0, cache=False)
     assert len(tokens) == 12
-    assert tokens[0] == again[0]
+    assert tokens[0] == uncached[0]
 
 
 @pytest.mark.slow
-def test_it_trains_like_the_cpu(device):
+def test_training_agrees_with_the_cpu(device):
     losses = {}
     for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
         model = GPT2(CONFIG, device=place, dtype=dtype)
@@ -146,13 +146,13 @@ def test_it_trains_like_the_cpu(device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("case", test_gpu.KERNELS)
-def test_requirements_on_a_gpu_are_met_here(device, case, precision, bound):
-    """The tests for a GPU, which is seldom at hand, are right themselves."""
+def test_the_kernel_tests_for_a_gpu_pass_in_the_simulator(device, case, precision, bound):
+    """Check that the tests for a GPU are correct, since a GPU is rarely available."""
     test_gpu.test_every_kernel_agrees_with_the_cpu(get_backend("cuda"), case, precision, bound)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", test_gpu.BOUNDS)
-def test_requirements_on_a_model_on_a_gpu_are_met_here(device, precision):
+def test_the_model_test_for_a_gpu_passes_in_the_simulator(device, precision):
     there = get_backend("cuda")
-    test_gpu.test_logits_loss_and_every_gradient_equal_the_cpus(there, precision, test_gpu.SMALL, 2, 40, 1)
+    test_gpu.test_logits_loss_and_gradients_agree_with_the_cpu(there, precision, test_gpu.SMALL, 2, 40, 1)

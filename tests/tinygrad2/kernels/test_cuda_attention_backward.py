@@ -1,4 +1,4 @@
-"""The backward pass of attention on the simulator, against the reference in float64 on the same bfloat16 numbers."""
+"""kernels/attention_backward.cu on the simulator, compared with reference.py in float64 on the same bfloat16 inputs."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 from tinygrad2.random import Key
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 KEY = Key(seed=2**40 + 5, step=3, first_sample=2, site=1)
 
@@ -35,7 +35,7 @@ def problem(B, T, H, D, key, rate=0.25, seed=0):
 def error(got, want):
     """The largest relative error of dQ, dK and dV, by their norms."""
     parts = zip(np.split(got.astype(np.float64), 3, axis=-1), np.split(want, 3, axis=-1), strict=True)
-    # where a gradient is zero except for rounding (one key gets all the weight), the others give the scale
+    # If a gradient is zero except for rounding (one key has all the weight), the other gradients determine the scale.
     return max(np.linalg.norm(a - b) / max(np.linalg.norm(b), 0.1 * np.linalg.norm(want)) for a, b in parts)
 
 
@@ -46,8 +46,8 @@ def error(got, want):
         (2, 1, 1, 16, True),
         (2, 64, 3, 16, True),
         (1, 130, 1, 16, False),
-        (1, 37, 1, 16, True),  # elements of a row that no four lanes share
-        pytest.param(1, 130, 2, 64, False, marks=pytest.mark.slow),  # to compile
+        (1, 37, 1, 16, True),  # rows that are not aligned to groups of four elements
+        pytest.param(1, 130, 2, 64, False, marks=pytest.mark.slow),  # slow to compile
         pytest.param(1, 37, 3, 64, True, marks=pytest.mark.slow),
         pytest.param(1, 140, 2, 64, True, marks=pytest.mark.slow),
         pytest.param(1, 200, 1, 80, True, marks=pytest.mark.slow),
@@ -68,13 +68,13 @@ def test_backward_agrees_with_the_reference(B, T, H, D, dropout):
     ("processor", "D", "streams"),
     [(H200, 64, (64, 64)), (A100, 64, (64, 64)), (L4, 64, (32, 16)), (L4, 80, (32, 32)), (H200, 128, (32, 32))],
 )
-def test_two_blocks_fit_a_multiprocessor(processor, D, streams):
+def test_two_blocks_fit_on_a_multiprocessor(processor, D, streams):
     sizes = cuda.AttentionSizes.backward(D, processor).values()
     assert tuple(size.stream for size in sizes) == streams
     assert all(2 * (size.shared + 1024) <= processor.shared_memory for size in sizes)
 
 
-def test_one_block_has_the_larger_tiles_where_two_do_not_fit():
+def test_one_block_uses_larger_tiles_if_two_do_not_fit():
     for size in cuda.AttentionSizes.backward(128, L4).values():
         assert size.stream == 32
         assert size.shared + 1024 <= L4.shared_memory < 2 * (size.shared + 1024)
@@ -86,7 +86,7 @@ def test_backward_with_smaller_tiles(D):
     assert error(kernels(processor=L4).attention_backward(*arguments), want) < 1e-2
 
 
-def test_every_schedule_gives_the_same_bits(monkeypatch):
+def test_gradients_are_bit_identical_with_every_schedule(monkeypatch):
     arguments, _ = problem(1, 140, 2, 16, KEY)
     results = []
     for schedule in range(4):
@@ -95,7 +95,7 @@ def test_every_schedule_gives_the_same_bits(monkeypatch):
     assert all(np.array_equal(results[0], result) for result in results[1:])
 
 
-def test_other_dtypes_and_head_sizes_go_to_the_reference():
+def test_other_dtypes_and_head_sizes_use_the_reference():
     arguments, want = problem(1, 5, 2, 8, None)
     wide = [x.astype(np.float32) for x in arguments[:4]]
     assert (
@@ -133,7 +133,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_are_caught(monkeypatch, fault):
     inject_in(monkeypatch, "attention_backward", fault)
-    arguments, want = problem(1, 140, 1, 16, KEY)  # three tiles: both stages are used again
+    arguments, want = problem(1, 140, 1, 16, KEY)  # three tiles, so that both stages are reused
     results = []
     for schedule in range(3):
         monkeypatch.setattr(cudasim, "schedule", schedule)
@@ -141,5 +141,5 @@ def test_injected_faults_are_caught(monkeypatch, fault):
             results.append(kernels().attention_backward(*arguments))
         except RuntimeError:
             return
-    wrong = any(not error(got, want) < 1e-2 for got in results)  # NaN is not less
+    wrong = any(not error(got, want) < 1e-2 for got in results)  # also true for NaN
     assert wrong or any(not np.array_equal(results[0].view("u2"), got.view("u2")) for got in results[1:])

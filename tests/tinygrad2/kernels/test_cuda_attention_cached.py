@@ -1,4 +1,4 @@
-"""kernels/attention_cached.cu on the simulator, against reference.py in float64."""
+"""kernels/attention_cached.cu on the simulator, compared with reference.py in float64."""
 
 import types
 
@@ -10,7 +10,7 @@ from tests.stand_ins.faults import inject_in
 from tests.tinygrad2.kernels.attention import BOUND, activations, error, in_every_schedule, kernels, poisoned
 from tinygrad2 import Key, reference
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 KEY = Key(2**40 + 11, step=3, first_sample=2**40 + 5, site=2)
 
 
@@ -23,7 +23,7 @@ def compiled():
 @pytest.mark.parametrize(
     ("dtype", "D"), [(bfloat16, 64), (np.float32, 64), (bfloat16, 20), (np.float32, 7), (bfloat16, 80)]
 )
-def test_cached(T, length, capacity, dtype, D, compiled):
+def test_cached_attention_agrees_with_the_reference(T, length, capacity, dtype, D, compiled):
     B, H = 2, 2
     qkv, cache = activations(B, T, 3 * H * D, dtype=dtype), poisoned((2, B, H, capacity, D), dtype)
     cache[:, :, :, :length] = activations(2, B, H, length, D, dtype=dtype)
@@ -33,24 +33,24 @@ def test_cached(T, length, capacity, dtype, D, compiled):
     assert out.dtype == dtype
     assert out.shape == expected.shape
     assert error(out, expected) < BOUND[np.dtype(dtype).name]
-    np.testing.assert_array_equal(cache.astype("d"), expected_cache)  # the new rows, and NaN beyond them
+    np.testing.assert_array_equal(cache.astype("d"), expected_cache)  # new rows are written, and NaN is left after them
     assert qkv.tobytes() == before
 
 
-def test_cached_has_the_same_bits_in_every_schedule(compiled, monkeypatch):
+def test_cached_attention_is_bit_identical_with_every_schedule(compiled, monkeypatch):
     qkv, cache = activations(1, 2, 3 * 64), activations(2, 1, 1, 150, 64)
     in_every_schedule(lambda: (compiled.attention_cached(qkv, cache, 140, 1), cache), monkeypatch)
 
 
-def test_a_cache_of_another_kind_goes_to_the_reference():
-    asked = kernels(types.SimpleNamespace(attention_cached=lambda qkv, cache, *rest: "reference"))
+def test_unsupported_dtypes_and_layouts_use_the_reference():
+    fallback = kernels(types.SimpleNamespace(attention_cached=lambda qkv, cache, *rest: "reference"))
     cache = activations(2, 1, 1, 8, 16)
     for qkv, other in [
         (activations(1, 1, 48, dtype=np.float32), cache),
         (activations(1, 1, 48), cache[:, :, :, ::2]),
         (activations(1, 1, 48, dtype=np.float64), cache.astype("d")),
     ]:
-        assert asked.attention_cached(qkv, other, 0, 1) == "reference"
+        assert fallback.attention_cached(qkv, other, 0, 1) == "reference"
 
 
 FAULTS = [
@@ -71,7 +71,7 @@ FAULTS = [
 
 
 def check_cached(table, monkeypatch):
-    for length in (1, 270):  # fewer keys than a warp takes at a time; more than the block does
+    for length in (1, 270):  # fewer keys than a warp reads at a time; more than the block does
         qkv, cache = activations(1, 2, 3 * 64), activations(2, 1, 1, 300, 64)
         expected_cache = cache.astype("d")
         expected = reference.attention_cached(qkv.astype("d"), expected_cache, length, 1)
@@ -80,7 +80,7 @@ def check_cached(table, monkeypatch):
         assert (cache == expected_cache).all()
 
 
-def test_without_a_fault_the_check_passes(monkeypatch):
+def test_the_check_passes_without_a_fault(monkeypatch):
     check_cached(kernels(), monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""kernels/attention_forward.cu on the simulator, against reference.py in float64."""
+"""kernels/attention_forward.cu on the simulator, compared with reference.py in float64."""
 
 import types
 
@@ -11,7 +11,7 @@ from tests.tinygrad2.kernels.attention import A100, BOUND, H200, L4, activations
 from tinygrad2 import Key, reference
 from tinygrad2.kernels.cuda import AttentionSizes
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 KEY = Key(2**40 + 11, step=3, first_sample=2**40 + 5, site=2)
 
 
@@ -20,12 +20,12 @@ def compiled():
     return kernels()
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
+@pytest.mark.parametrize("key", [None, KEY], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize(
     ("B", "T", "H", "D"),
     [(1, 1, 1, 64), (2, 37, 2, 64), (1, 128, 1, 64), (2, 200, 1, 64), (1, 66, 3, 16), (2, 65, 2, 80), (1, 129, 1, 128)],
 )
-def test_forward(B, T, H, D, key, compiled):
+def test_forward_agrees_with_the_reference(B, T, H, D, key, compiled):
     qkv = activations(B, T, 3 * H * D)
     before = qkv.tobytes()
     out, lse = compiled.attention_forward(qkv, H, 0.3, key)
@@ -41,7 +41,7 @@ def test_forward(B, T, H, D, key, compiled):
     ("processor", "D", "keys"),
     [(H200, 64, 64), (A100, 64, 64), (L4, 64, 32), (H200, 128, 64), (A100, 128, 32), (L4, 128, 16), (L4, 80, 32)],
 )
-def test_two_blocks_fit_a_multiprocessor(processor, D, keys):
+def test_two_blocks_fit_on_a_multiprocessor(processor, D, keys):
     sizes = AttentionSizes.forward(D, processor)
     assert sizes.stream == keys
     assert 2 * (sizes.shared + 1024) <= processor.shared_memory
@@ -56,15 +56,15 @@ def test_forward_with_smaller_tiles(D, T):
     assert np.abs(lse - expected_lse).max() < 1e-5
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
-def test_forward_has_the_same_bits_in_every_schedule(key, compiled, monkeypatch):
+@pytest.mark.parametrize("key", [None, KEY], ids=["no dropout", "dropout"])
+def test_forward_is_bit_identical_with_every_schedule(key, compiled, monkeypatch):
     qkv = activations(1, 150, 3 * 64)
     in_every_schedule(lambda: compiled.attention_forward(qkv, 1, 0.1, key), monkeypatch)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 8])
-def test_the_order_of_the_blocks_includes_each(together, monkeypatch):
-    """Five heads of two tiles, whose blocks start in groups of as many heads as are said to fit the L2 cache."""
+def test_every_block_runs_for_any_group_size(together, monkeypatch):
+    """There are five heads of two tiles. The blocks start in groups of `together` heads, which fit in the L2 cache."""
     inject_in(monkeypatch, "attention_forward", ("place", "16 << 20", f"{together * 4 * 16 * 140}"))
     qkv = activations(1, 140, 3 * 5 * 16)
     out, lse = kernels().attention_forward(qkv, 5, 0.0, None)
@@ -74,7 +74,7 @@ def test_the_order_of_the_blocks_includes_each(together, monkeypatch):
 
 
 def test_forward_of_large_scores(compiled):
-    """The running maximum grows from tile to tile, and the weights of what came before vanish."""
+    """The running maximum grows from tile to tile, so that the weights of earlier tiles vanish."""
     qkv = activations(1, 130, 3 * 64)
     qkv[..., :128] *= np.linspace(0, 6, 130)[:, None].astype(bfloat16)
     out, lse = compiled.attention_forward(qkv, 1, 0.0, None)
@@ -83,29 +83,29 @@ def test_forward_of_large_scores(compiled):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_at_rate_zero_and_of_part_of_a_batch(compiled):
+def test_dropout_with_rate_zero_and_for_part_of_a_batch(compiled):
     qkv = activations(2, 40, 3 * 64)
     plain, _ = compiled.attention_forward(qkv, 1, 0.0, None)
     kept, _ = compiled.attention_forward(qkv, 1, 0.0, KEY)
     np.testing.assert_array_equal(kept, plain)
-    whole, _ = compiled.attention_forward(qkv, 1, 0.4, Key(7))
+    full, _ = compiled.attention_forward(qkv, 1, 0.4, Key(7))
     part, _ = compiled.attention_forward(qkv[1:], 1, 0.4, Key(7, first_sample=1))
-    np.testing.assert_array_equal(part, whole[1:])
+    np.testing.assert_array_equal(part, full[1:])
 
 
-def test_nan_stays_where_the_mask_lets_it(compiled):
+def test_nan_affects_only_queries_that_see_it(compiled):
     qkv = activations(1, 70, 3 * 64)
-    qkv[0, 66, 64] = np.nan  # a key: it reaches its own query and the later ones
+    qkv[0, 66, 64] = np.nan  # a key, which affects its own query and all later ones
     out, lse = compiled.attention_forward(qkv, 1, 0.0, None)
     assert np.isnan(out[0].astype("f")).any(axis=-1).tolist() == [False] * 66 + [True] * 4
     assert np.isnan(lse[0, 0]).tolist() == [False] * 66 + [True] * 4
 
 
 @pytest.mark.parametrize(("dtype", "D"), [(np.float64, 16), (np.float32, 16), (bfloat16, 20), (bfloat16, 144)])
-def test_unsupported_arguments_go_to_the_reference(dtype, D):
-    asked = types.SimpleNamespace(attention_forward=lambda *arguments: arguments)
+def test_unsupported_arguments_use_the_reference(dtype, D):
+    fallback = types.SimpleNamespace(attention_forward=lambda *arguments: arguments)
     arguments = activations(1, 3, 3 * D, dtype=dtype), 1, 0.1, KEY
-    assert kernels(asked).attention_forward(*arguments) == arguments
+    assert kernels(fallback).attention_forward(*arguments) == arguments
 
 
 FAULTS = [
@@ -144,7 +144,7 @@ DROPOUT_FAULTS = [
 
 
 def check_forward(table, key, monkeypatch):
-    for T in (131, 132):  # odd, and the groups of four aligned
+    for T in (131, 132):  # odd, and a multiple of four
         qkv = activations(2, T, 3 * 64)
         out, lse = in_every_schedule(lambda qkv=qkv: table.attention_forward(qkv, 1, 0.3, key), monkeypatch)
         expected, expected_lse = reference.attention_forward(qkv.astype("d"), 1, 0.3, key)
@@ -152,8 +152,8 @@ def check_forward(table, key, monkeypatch):
         assert np.abs(lse - expected_lse).max() < 1e-5
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["", "dropout"])
-def test_without_a_fault_the_check_passes(key, monkeypatch):
+@pytest.mark.parametrize("key", [None, KEY], ids=["no dropout", "dropout"])
+def test_the_check_passes_without_a_fault(key, monkeypatch):
     check_forward(kernels(), key, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""kernels/columns.cu on the simulator: sums of columns, against NumPy in float64."""
+"""kernels/columns.cu on the simulator: column sums, compared with NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from tests.tinygrad2.kernels.against_reference import (
 )
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 
 @pytest.mark.parametrize(("rows", "C", "dtype"), [(700, 64, BF16), (33, 264, BF16), (50, 21, BF16), (9, 36, F32)])
-def test_column_sums(rows, C, dtype, monkeypatch):
+def test_column_sums_agree_with_numpy(rows, C, dtype, monkeypatch):
     monkeypatch.setattr(cuda, "PROCESSORS", 2)
     x, into = normal(rows, C, dtype=dtype), normal(C, seed=1)
     expected = into + wide(x).sum(axis=0)
@@ -36,7 +36,7 @@ def test_any_number_of_partial_sums_is_added():
         np.testing.assert_allclose(targets, expected, rtol=0, atol=1e-5)
 
 
-def test_matrices_at_any_offset():
+def test_unaligned_matrices_give_the_same_sums():
     into = [np.zeros(64, F32) for _ in range(2)]
     for target, x in zip(into, (normal(9, 64), unaligned(normal(9, 64))), strict=True):
         kernels().column_sums(x, target)
@@ -52,21 +52,21 @@ def run():
     return [into]
 
 
-def test_every_schedule_gives_the_same_bits(monkeypatch):
+def test_sums_are_bit_identical_with_every_schedule(monkeypatch):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)
     first = bits_in(0, run)
     assert all(bits_in(schedule, run) == first for schedule in (1, 2, 3))
 
 
 FAULTS = {
-    "a row is left out": ("columns", "column_sums", "row += AHEAD * step", "row += (AHEAD + 1) * step"),
-    "warps add at once": ("columns", "store_partial", "__syncthreads(); int c = blockIdx.x", "int c = blockIdx.x"),
-    "a warp is left out": ("columns", "store_partial", "warp < WARPS; warp++", "warp < WARPS - 1; warp++"),
+    "a row is skipped": ("columns", "column_sums", "row += AHEAD * step", "row += (AHEAD + 1) * step"),
+    "a missing barrier": ("columns", "store_partial", "__syncthreads(); int c = blockIdx.x", "int c = blockIdx.x"),
+    "a warp is skipped": ("columns", "store_partial", "warp < WARPS; warp++", "warp < WARPS - 1; warp++"),
     "partial sums are read too early": (
         "columns", "add_partials", "sums[warp][lane] = sum; __syncthreads();", "sums[warp][lane] = sum;"
     ),
     "the target is overwritten": ("columns", "add_partials", "into[c] += sum", "into[c] = sum"),
-    "the last columns are left out": ("columns", "column_sums", "c < C) {", "c < C - 8) {"),
+    "the last columns are skipped": ("columns", "column_sums", "c < C) {", "c < C - 8) {"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every supported GPU, and spills no registers (see tests/nvrtc.py)."""
+"""Every CUDA kernel compiles for every supported GPU without register spills (see tests/nvrtc.py)."""
 
 import pytest
 
@@ -18,7 +18,7 @@ BIG_ARRAY = """
 extern "C" __global__ void sums(float* out, const int* where, int n) {
   float kept[ROOM];
   for (int i = 0; i < ROOM; i++) kept[i] = out[i];
-  for (int i = 0; i < n; i++) kept[where[i]] += 1.0f;  // an index that only the GPU knows: registers have none
+  for (int i = 0; i < n; i++) kept[where[i]] += 1.0f;  // registers cannot be indexed at run time
   for (int i = 0; i < ROOM; i++) out[i] = kept[i];
 }
 """
@@ -52,30 +52,30 @@ def check(family, architecture, defines):
     code = cuda.source(nvrtc.families()[family])
     usages = nvrtc.compiled(code, architecture, defines)
     names = [use.name for use in usages]
-    assert set(names) <= set(KERNEL.findall(code)), "the simulator knows a kernel by how it is declared"
+    assert set(names) <= set(KERNEL.findall(code)), "cudasim.KERNEL does not match the declaration of a kernel"
     assert names
     assert [use for use in usages if use.stack or use.spilled] == []
 
 
 @pytest.mark.parametrize("family", nvrtc.families())
-def test_compiles_for_the_main_size(family):
+def test_kernels_compile_for_the_main_size(family):
     rows = nvrtc.sizes("90")
-    assert family in rows, f"sizes() of tests/nvrtc.py does not say what to compile {family}.cu for"
+    assert family in rows, f"tests/nvrtc.py: add {family} to sizes()"
     check(family, "90", rows[family][0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", nvrtc.GPUS)
 @pytest.mark.parametrize("family", nvrtc.families())
-def test_compiles_for_every_size(family, architecture):
+def test_kernels_compile_for_every_size(family, architecture):
     rows = nvrtc.sizes(architecture)[family]
     assert rows or (architecture in nvrtc.FLOAT32_ONLY and family in ("attention_forward", "attention_backward"))
     for defines in rows:
         check(family, architecture, defines)
 
 
-# Of single 16-bit numbers: biases, which may begin anywhere, what a slice that begins anywhere is read by, and decode's
-# embeddings, a number a thread (counted as often as the compiler repeats the loop).
+# The expected number of 16-bit loads: of biases and slices, which may be unaligned, and of decode's embeddings, where
+# each thread reads one value (counted once per copy of the unrolled loop).
 NARROW = {
     "attention_cached": 2, "cross_entropy": 1, "decode": 20, "dropout": 8, "gelu_backward": 8, "gelu_exact_backward": 8,
     "gelu_exact_forward": 8, "gelu_forward": 8,
@@ -83,7 +83,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("family", nvrtc.families())
-def test_reads_16_bytes_at_a_time(family):
+def test_kernels_read_16_bytes_at_a_time(family):
     loads = nvrtc.narrow_loads(cuda.source(nvrtc.families()[family]), nvrtc.sizes("90")[family][0])
     assert loads == {name: NARROW.get(name, 0) for name in loads}
 
@@ -108,5 +108,5 @@ def test_spilled_registers_are_reported():
 
 
 def test_a_compile_error_is_reported_with_its_message():
-    with pytest.raises(nvrtc.CompileError, match="INFINITY"):  # nvcc has it, NVRTC has not
+    with pytest.raises(nvrtc.CompileError, match="INFINITY"):  # defined by nvcc, but not by NVRTC
         nvrtc.compiled('extern "C" __global__ void f(float* x) { *x = INFINITY; }', "90", {})

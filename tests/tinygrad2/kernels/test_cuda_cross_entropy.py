@@ -1,4 +1,4 @@
-"""kernels/cross_entropy.cu, which lm_head launches, on the simulator, against reference.py in float64."""
+"""kernels/cross_entropy.cu, which lm_head uses, on the simulator, compared with reference.py in float64."""
 
 import types
 
@@ -9,17 +9,17 @@ from ml_dtypes import bfloat16
 from tests.stand_ins import cudasim
 from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
-from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules, wide
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, make_kernels, on_device, schedules, wide
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 
 @pytest.fixture
 def kernels():
     device.reset()
-    yield made()
+    yield make_kernels()
     assert device.syncs == 0
 
 
@@ -33,7 +33,7 @@ def head(dtype, shape, C, V):
     ("dtype", "resident", "threads", "shape", "C", "V"),
     [
         (bfloat16, True, 2048, (2, 3), 8, 64),
-        (bfloat16, True, 2048, (2,), 16, 17001),  # 2126 accesses: up to three for a thread
+        (bfloat16, True, 2048, (2,), 16, 17001),  # 2,126 accesses, up to three per thread
         (bfloat16, False, 1536, (2,), 16, 17001),
         (bfloat16, False, 2048, (3,), 8, 1003),
         ("float32", True, 2048, (5,), 8, 1003),
@@ -41,7 +41,7 @@ def head(dtype, shape, C, V):
         ("float32", True, 2048, (3,), 4, 9),
     ],
 )
-def test_lm_head(kernels, dtype, resident, threads, shape, C, V):
+def test_lm_head_agrees_with_numpy(kernels, dtype, resident, threads, shape, C, V):
     kernels.processor = cuda.Multiprocessor((228 << 10) * resident, threads)
     x, weight, targets = head(dtype, shape, C, V)
     x[..., 0] += 3
@@ -76,7 +76,7 @@ def test_lm_head(kernels, dtype, resident, threads, shape, C, V):
         assert before.tobytes() == after._a.tobytes()
 
 
-def test_the_weight_gradients_product_has_columns_that_hopper_supports(kernels, monkeypatch):
+def test_the_product_for_the_weight_gradient_has_a_size_that_hopper_supports(kernels, monkeypatch):
     gemm, products = kernels.gemm, []
 
     def spy(a, b, out, **options):
@@ -91,18 +91,18 @@ def test_the_weight_gradients_product_has_columns_that_hopper_supports(kernels, 
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_shows_in_the_loss(kernels, bad):
+def test_nonfinite_inputs_give_a_nan_loss(kernels, bad):
     x, weight, targets = head("float32", (3,), 8, 70)
     x[1, 0] = bad
     loss, _ = kernels.lm_head_forward(*on_device(x, weight, targets))
     assert np.isnan(loss._a)
 
 
-def test_logits_of_large_range(kernels):
+def test_logits_with_a_large_range(kernels):
     x, weight = np.array([[1.0]], bfloat16), np.zeros((70, 1), bfloat16)
     weight[3], weight[5], weight[7] = 3e4, -np.inf, 3e4
     loss, dlogits = kernels.lm_head_forward(*on_device(x, weight, np.array([3])))
-    assert abs(float(loss._a) - np.log(2)) < 1e-2  # 2^-24 of 3e4
+    assert abs(float(loss._a) - np.log(2)) < 1e-2  # the rounding error of 3e4 in float32
     right = np.zeros((1, 70))
     right[0, 3], right[0, 7] = -0.5, 0.5
     np.testing.assert_array_equal(wide(dlogits), right)
@@ -110,11 +110,11 @@ def test_logits_of_large_range(kernels):
 
 @pytest.mark.parametrize(
     ("kilobytes", "threads", "resident"),
-    # of a multiprocessor of an H200, an A100, an L4 or a GeForce RTX, a T4
+    # multiprocessors of an H200, an A100, an L4 or GeForce RTX, and a T4
     [(228, 2048, True), (164, 2048, False), (100, 1536, False), (64, 1024, False)],
 )
-def test_two_blocks_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, threads, resident):
-    """Their threads always, and their rows where these are resident."""
+def test_two_blocks_fit_on_a_multiprocessor(kernels, monkeypatch, kilobytes, threads, resident):
+    """The threads of two blocks always fit, and so do their rows if the rows are resident in shared memory."""
     monkeypatch.setattr(cudasim, "shared_memory", kilobytes - 1 << 10)
     kernels.processor = cuda.Multiprocessor(kilobytes << 10, threads)
     x, weight, targets = head(bfloat16, (1,), 1, 50257)
@@ -124,7 +124,7 @@ def test_two_blocks_fit_a_multiprocessor(kernels, monkeypatch, kilobytes, thread
     assert {(row["RESIDENT"], row["THREADS"]) for row in constants} == {(resident, threads // 2)}
 
 
-def test_the_device_says_what_a_multiprocessor_has(kernels):
+def test_multiprocessor_resources_are_read_from_the_device(kernels):
     assert kernels.processor == (228 << 10, 2048)
 
 
@@ -134,12 +134,12 @@ def test_the_mean_of_many_rows(kernels):
     assert error(loss, reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)[0]) < 1e-6
 
 
-def test_float64_goes_to_the_reference():
+def test_float64_uses_the_reference():
     calls = []
-    asked = types.SimpleNamespace(
+    fallback = types.SimpleNamespace(
         **{name: lambda *_, name=name: calls.append(name) for name in ("lm_head_forward", "lm_head_backward")}
     )
-    table = cuda.CudaKernels(library, asked)
+    table = cuda.CudaKernels(library, fallback)
     x, weight, targets = on_device(np.ones((3, 8)), np.ones((9, 8)), np.zeros(3, int))
     table.lm_head_forward(x, weight, targets)
     table.lm_head_backward(None, x, x, weight, None)
@@ -173,12 +173,12 @@ FAULTS = [
 ]
 
 
-CASES = [(bfloat16, (2,), 8, 17001), ("float32", (40,), 2, 9)]  # for the gradient, and for the mean of the losses
+CASES = [(bfloat16, (2,), 8, 17001), ("float32", (40,), 2, 9)]  # one for the gradient, one for the mean of the losses
 
 
 def is_right(kernels, dtype, shape, C, V):
     x, weight, targets = head(dtype, shape, C, V)
-    weight[-1] = x[0]  # the last token, next to the padding, is a likely one
+    weight[-1] = x[0]  # gives the last token, which is next to the padding, a high probability
     arguments = on_device(x, weight, targets)
     loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
     right_loss, right = reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)
@@ -192,10 +192,10 @@ def test_injected_faults_are_caught(kernels, monkeypatch, fault):
         right = all(is_right(kernels, *case) for case in CASES)
     except (RuntimeError, AssertionError):
         right = False
-    device.reset()  # pytest's report of a failed assertion shows arrays
+    device.reset()  # pytest's report of a failed assertion prints arrays, which counts as a sync
     assert not right
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_without_a_fault_the_check_passes(kernels, case):
+def test_the_check_passes_without_a_fault(kernels, case):
     assert is_right(kernels, *case)

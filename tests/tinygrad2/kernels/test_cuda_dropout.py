@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/dropout.cu on the simulator: every bit is that of reference.dropout_scale."""
+"""kernels/dropout.cu on the simulator gives the same bits as reference.dropout_scale."""
 
 from types import SimpleNamespace
 
@@ -14,10 +14,10 @@ from tinygrad2.kernels import cuda
 KEY = Key(0x1234_5678_9ABC_DEF0, step=7, first_sample=0, site=5)
 
 
-def made():
+def make_kernels():
     def poisoned(shape, dtype):
         size = int(np.prod(shape))
-        return np.full(size + 16, np.nan, dtype)[:size].reshape(shape)  # 16 more, to see what is written past the end
+        return np.full(size + 16, np.nan, dtype)[:size].reshape(shape)  # 16 more, to detect writes past the end
 
     library = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
     return cuda.CudaKernels(library, reference)
@@ -26,11 +26,11 @@ def made():
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(cudasim, "schedule", 0)
-    return made()
+    return make_kernels()
 
 
 def check(kernels, dtype, shape, first_sample, rate=0.3, offset=0):
-    """offset  how many numbers after a multiple of 16 bytes x begins."""
+    """offset  number of elements between a 16-byte boundary and the start of x."""
     raw = np.random.default_rng(0).normal(size=int(np.prod(shape)) + 16).astype(dtype)
     start = -raw.ctypes.data % 16 // raw.itemsize + offset
     x = raw[start : start + int(np.prod(shape))].reshape(shape)
@@ -45,25 +45,25 @@ def check(kernels, dtype, shape, first_sample, rate=0.3, offset=0):
     np.testing.assert_array_equal(x, before)
 
 
-# Rows of 16 and of 5 numbers: the first element stands at any place of a group of four; and beyond 32 bits.
+# The first element is at every position in a group of four random numbers, and its index exceeds 32 bits.
 @pytest.mark.parametrize("first_sample", [0, 1, 2, 3, 2**40 + 1])
 @pytest.mark.parametrize("shape", [(3, 16), (3, 5), (1, 2, 1031), (2, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, bfloat16])
-def test_dropout(kernels, dtype, shape, first_sample):
+def test_dropout_agrees_with_the_reference(kernels, dtype, shape, first_sample):
     check(kernels, dtype, shape, first_sample)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.999, 1 - 2**-40])
-def test_rates(kernels, rate):
+def test_dropout_with_extreme_rates(kernels, rate):
     check(kernels, np.float32, (2, 1000), 1, rate)
 
 
 @pytest.mark.parametrize("offset", [1, 4])
-def test_a_slice_at_any_offset(kernels, offset):
+def test_an_unaligned_slice(kernels, offset):
     check(kernels, bfloat16, (2, 24), 1, offset=offset)
 
 
-def test_what_is_not_finite_shows_where_the_reference_shows_it(kernels):
+def test_nonfinite_values_propagate_as_in_the_reference(kernels):
     x = np.full((1, 40), np.nan, np.float32)
     x[0, 20:] = np.inf
     with np.errstate(invalid="ignore"):
@@ -71,7 +71,7 @@ def test_what_is_not_finite_shows_where_the_reference_shows_it(kernels):
     np.testing.assert_array_equal(kernels.dropout_forward(x, 0.5, KEY), expected)
 
 
-def test_float64_goes_to_the_reference(kernels):
+def test_float64_uses_the_reference(kernels):
     x = np.ones((2, 9))
     np.testing.assert_array_equal(kernels.dropout_forward(x, 0.3, KEY), reference.dropout_forward(x, 0.3, KEY))
 
@@ -83,13 +83,13 @@ def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch,
 
 
 FAULTS = [
-    ("dropout", "i + 8 <= n &&", "i < n &&"),  # a last access beyond the end
+    ("dropout", "i + 8 <= n &&", "i < n &&"),  # the last access is out of bounds
     ("dropout", "group + 1)", "group)"),
     ("dropout", "first + i) / 4", "first) / 4 + i / 4 % 256"),
     ("dropout", "offset = first % 4", "offset = 0"),
     ("dropout", "k < offset", "k < 1"),
     ("dropout", "= c.y", "= c.z"),
-    ("dropout", ">= threshold", ">= (unsigned)threshold"),  # a rate of almost 1 would keep all
+    ("dropout", ">= threshold", ">= (unsigned)threshold"),  # a rate close to 1 would keep all elements
     ("dropout", "factor(k * N + j)", "factor(k * N)"),
     ("philox", "key.step", "0"),
     ("philox", "group >> 32", "0"),
@@ -98,14 +98,14 @@ FAULTS = [
 
 
 def check_all():
-    kernels = made()
+    kernels = make_kernels()
     for first_sample in (0, 1, 3, 2**40 + 1):
         check(kernels, bfloat16, (3, 5), first_sample)
         check(kernels, bfloat16, (2, 2051), first_sample)
     check(kernels, bfloat16, (2, 100), 0, 1 - 2**-40)
 
 
-@pytest.mark.slow  # each is compiled
+@pytest.mark.slow  # each fault is compiled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_are_caught(kernels, monkeypatch, fault):
     inject_in(monkeypatch, "dropout", fault)

@@ -1,4 +1,4 @@
-"""kernels/embedding.cu on the simulator, against reference.py in float64 on the same numbers."""
+"""kernels/embedding.cu on the simulator, compared with reference.py in float64 on the same numbers."""
 
 import types
 
@@ -8,22 +8,22 @@ from ml_dtypes import bfloat16
 
 from tests.stand_ins.faults import inject_in
 from tests.stand_ins.strict_cupy import device, library, ndarray
-from tests.tinygrad2.kernels.on_device import TOLERANCE, error, made, on_device, schedules
+from tests.tinygrad2.kernels.on_device import TOLERANCE, error, make_kernels, on_device, schedules
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 
 @pytest.fixture
 def kernels():
     device.reset()
-    yield made()
+    yield make_kernels()
     assert device.syncs == 0
 
 
 def batch(B, T, V, seed=0):
-    """Tokens of which one fills a third: a run of many chunks, where there are as many rows."""
+    """Random tokens, about a third of which are the same, so that a large batch has a run of many chunks."""
     R = np.random.default_rng(seed)
     tokens = R.integers(0, V, (B, T))
     return np.where(R.random((B, T)) < 0.3, V // 2, tokens)
@@ -31,7 +31,7 @@ def batch(B, T, V, seed=0):
 
 @pytest.mark.parametrize("dtype", ["float32", bfloat16])
 @pytest.mark.parametrize(("B", "T", "C", "positions"), [(2, 5, 24, True), (3, 7, 13, True), (2, 9, 16, False)])
-def test_embedding_forward(kernels, dtype, B, T, C, positions):
+def test_embedding_forward_agrees_with_the_reference(kernels, dtype, B, T, C, positions):
     R = np.random.default_rng(1)
     tokens, wte, wpe = batch(B, T, 11), R.normal(size=(11, C)).astype(dtype), R.normal(size=(T + 4, C)).astype(dtype)
     arguments = on_device(tokens, wte, wpe)
@@ -45,14 +45,14 @@ def test_embedding_forward(kernels, dtype, B, T, C, positions):
         assert before is None or before.tobytes() == after._a.tobytes()
 
 
-def test_embedding_forward_takes_one_token(kernels):
+def test_embedding_forward_accepts_a_single_token(kernels):
     wte = np.arange(24, dtype="f4").reshape(3, 8)
     y = kernels.embedding_forward(*on_device(np.int64(2), wte), None, 0)
     np.testing.assert_array_equal(y._a, wte[2])
 
 
 def embedding_gradients(kernels, tokens, dtype, C, offset=0):
-    """The results and what they should be; the gradients begin `offset` numbers into their memory."""
+    """(a function that computes the gradients, the expected gradients). The gradients start at element `offset`."""
     R = np.random.default_rng(2)
     (B, T), V, first = tokens.shape, 50, 2
     dy = R.normal(size=(B, T, C)).astype(dtype)
@@ -75,24 +75,24 @@ def embedding_gradients(kernels, tokens, dtype, C, offset=0):
 
 @pytest.mark.parametrize("dtype", ["float32", bfloat16])
 @pytest.mark.parametrize(("B", "T", "C", "offset"), [(1, 1, 8, 0), (4, 32, 24, 0), (5, 111, 16, 1), (3, 67, 13, 0)])
-def test_embedding_backward(kernels, dtype, B, T, C, offset):
+def test_embedding_backward_agrees_with_the_reference(kernels, dtype, B, T, C, offset):
     compute, right = embedding_gradients(kernels, batch(B, T, 50), dtype, C, offset)
     for result, expected in zip(schedules(compute), right, strict=True):
-        assert error(result, expected) < 1e-6  # float32, whatever dy is
+        assert error(result, expected) < 1e-6  # gradients are float32 for every dtype of dy
 
 
 @pytest.mark.parametrize(
     "tokens",
     [
-        np.full((3, 128), 7),  # one run, to the end of a chunk
-        np.full((5, 129), 7),  # of more chunks than are read at once
-        np.repeat([4, 7, 9], 64)[None],  # runs that are chunks
-        np.repeat([4, 7, 9, 11], [63, 66, 127, 1])[None],  # runs that end on either side of a border
+        np.full((3, 128), 7),  # one run that ends with a chunk
+        np.full((5, 129), 7),  # one run of more chunks than are read at once
+        np.repeat([4, 7, 9], 64)[None],  # each run is one chunk
+        np.repeat([4, 7, 9, 11], [63, 66, 127, 1])[None],  # runs that end before, at and after a chunk boundary
         np.arange(50)[None],
         np.repeat([4, 7, 9], [10, 200, 3])[None],
     ],
 )
-def test_runs_and_the_borders_of_chunks(kernels, tokens):
+def test_embedding_backward_at_chunk_boundaries(kernels, tokens):
     compute, right = embedding_gradients(kernels, tokens, bfloat16, 8)
     for result, expected in zip(compute(), right, strict=True):
         assert error(result, expected) < 1e-6
@@ -102,12 +102,12 @@ def test_embedding_backward_skips_gradients_that_are_not_needed(kernels):
     kernels.embedding_backward(ndarray(np.ones((1, 3, 8), "f4")), np.zeros((1, 3), int), 0, None, None)
 
 
-def test_float64_goes_to_the_reference():
+def test_float64_uses_the_reference():
     calls = []
-    asked = types.SimpleNamespace(
+    fallback = types.SimpleNamespace(
         **{name: lambda *_, name=name: calls.append(name) for name in ("embedding_forward", "embedding_backward")}
     )
-    table = cuda.CudaKernels(library, asked)
+    table = cuda.CudaKernels(library, fallback)
     tokens, rows = on_device(np.zeros(3, int), np.ones((9, 8)))
     table.embedding_forward(tokens, rows, None, 0)
     table.embedding_backward(rows, None, 0, None, None)
@@ -136,7 +136,8 @@ def forward_is_right(kernels):
 
 
 def backward_is_right(kernels):
-    tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)  # chunks end inside, at and after runs
+    # Some chunk boundaries are at the ends of runs, others are inside runs.
+    tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)
     compute, right = embedding_gradients(kernels, tokens, bfloat16, 16)
     return all(error(*pair) < 1e-6 for pair in zip(schedules(compute), right, strict=True))
 
@@ -148,10 +149,10 @@ def test_injected_faults_are_caught(kernels, monkeypatch, fault):
         right = forward_is_right(kernels) and backward_is_right(kernels)
     except (RuntimeError, AssertionError):
         right = False
-    device.reset()  # pytest's report of a failed assertion shows arrays
+    device.reset()  # pytest's report of a failed assertion prints arrays, which counts as a sync
     assert not right
 
 
-def test_without_a_fault_the_check_passes(kernels):
+def test_the_check_passes_without_a_fault(kernels):
     assert forward_is_right(kernels)
     assert backward_is_right(kernels)

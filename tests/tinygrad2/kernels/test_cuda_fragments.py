@@ -1,5 +1,4 @@
-"""The fragments of mma and ldmatrix, in the simulators and in attention.cuh, are those of NVIDIA's CuTe
-(fragments.txt)."""
+"""The fragments of mma and ldmatrix in the simulators and in attention.cuh match NVIDIA's CuTe (fragments.txt)."""
 
 from pathlib import Path
 
@@ -52,7 +51,7 @@ factors(unsigned* left, unsigned* right, unsigned* right_of_transposed, const bf
 
 
 def fragments():
-    """{matrix: (lanes, elements, 2)}: the row and the column of each element."""
+    """{matrix: array (lanes, elements, 2)}, the row and the column of each element."""
     found = {}
     for line in Path(__file__).with_name("fragments.txt").read_text().splitlines():
         if not line.startswith("#"):
@@ -65,15 +64,15 @@ def fragments():
 CUTE = fragments()
 
 
-def taken(values, matrix):
-    """The elements of an array that each lane has, two of 16 bits in a register."""
+def fragments_of(values, matrix):
+    """The elements of an array that each lane has in its registers. A register contains two 16-bit elements."""
     rows, columns = np.moveaxis(CUTE[matrix], -1, 0)
     return np.ascontiguousarray(values[rows, columns])
 
 
 @pytest.fixture(params=["source", pytest.param("ptx", marks=pytest.mark.extras("cupy"))])
 def kernel(request, tmp_path):
-    """A function that runs a kernel of SOURCE in one warp, in the simulator of C++ or of PTX."""
+    """A function that runs a kernel of SOURCE with one warp, in the C++ or the PTX simulator."""
     file = tmp_path / "fragments.cu"
     file.write_text(SOURCE)
     simulator = cudasim if request.param == "source" else ptxsim
@@ -85,30 +84,30 @@ def kernel(request, tmp_path):
     return run
 
 
-def test_a_product_of_fragments(kernel):
+def test_mma_fragments_match_cute(kernel):
     draw = np.random.default_rng(0)
     a, b, c = (draw.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (8, 16), (16, 8)))
-    left, right = (taken(x.astype(bfloat16), name).view(np.uint32) for x, name in ((a, "A"), (b, "B")))
+    left, right = (fragments_of(x.astype(bfloat16), name).view(np.uint32) for x, name in ((a, "A"), (b, "B")))
     d = np.zeros((32, 4), np.float32)
-    kernel("product", d, left, right, taken(c, "C"))
-    np.testing.assert_array_equal(d, taken(a @ b.T + c, "C"))
+    kernel("product", d, left, right, fragments_of(c, "C"))
+    np.testing.assert_array_equal(d, fragments_of(a @ b.T + c, "C"))
 
 
-def test_ldmatrix(kernel):
+def test_ldmatrix_fragments_match_cute(kernel):
     matrix = np.arange(256, dtype=np.uint16).reshape(32, 8)
     plain, transposed = (np.zeros((32, 4), np.uint32) for _ in range(2))
     kernel("load", plain, transposed, matrix.view(bfloat16))
-    np.testing.assert_array_equal(plain.view(np.uint16), taken(matrix, "ldmatrix"))
-    np.testing.assert_array_equal(transposed.view(np.uint16), taken(matrix, "ldmatrix.trans"))
+    np.testing.assert_array_equal(plain.view(np.uint16), fragments_of(matrix, "ldmatrix"))
+    np.testing.assert_array_equal(transposed.view(np.uint16), fragments_of(matrix, "ldmatrix.trans"))
 
 
-def test_the_factors_of_attention(kernel):
-    """Registers 0 and 1 of a right factor are the fragment B of the first 8 columns of the product, 2 and 3 of the
-    others."""
+def test_attention_fragments_match_cute(kernel):
+    """Registers 0 and 1 of a right factor are the B fragment for the first 8 columns of the product, registers 2 and 3
+    that for the others."""
     tile = np.arange(256, dtype=np.uint16).reshape(16, 16)
     left, right, right_of_transposed = (np.zeros((32, 4), np.uint32) for _ in range(3))
     kernel("factors", left, right, right_of_transposed, tile.view(bfloat16))
-    np.testing.assert_array_equal(left.view(np.uint16), taken(tile, "A"))
+    np.testing.assert_array_equal(left.view(np.uint16), fragments_of(tile, "A"))
     for found, columns in ((right, tile.T), (right_of_transposed, tile)):
-        expected = np.concatenate([taken(columns[:8], "B"), taken(columns[8:], "B")], axis=1)
+        expected = np.concatenate([fragments_of(columns[:8], "B"), fragments_of(columns[8:], "B")], axis=1)
         np.testing.assert_array_equal(found.view(np.uint16), expected)

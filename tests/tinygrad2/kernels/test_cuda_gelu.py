@@ -1,4 +1,4 @@
-"""kernels/gelu.cu on the simulator, against reference.py in float64 on the same inputs."""
+"""kernels/gelu.cu on the simulator, compared with reference.py in float64 on the same inputs."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.tinygrad2.kernels.against_reference import (
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 
 def gelu_cases(rows, C, dtype, bias_dtype=None):
@@ -39,13 +39,13 @@ def gelu_cases(rows, C, dtype, bias_dtype=None):
     ("rows", "C", "dtype", "bias_dtype"),
     [(21, 264, BF16, BF16), (70, 21, BF16, F32), (9, 36, F32, F32), (5, 64, BF16, None)],
 )
-def test_gelu(rows, C, dtype, bias_dtype):
+def test_gelu_agrees_with_the_reference(rows, C, dtype, bias_dtype):
     for case in gelu_cases(rows, C, dtype, bias_dtype):
         check(kernels(), *case)
 
 
-def test_gelu_in_its_tails():
-    """Values agree to 2e-5 of each, however small, and have the right limits where the exponential overflows."""
+def test_gelu_of_large_arguments():
+    """The relative error is below 2e-5 even for tiny values; the limits are correct if the exponential overflows."""
     u = np.linspace(-8, 8, 1008, dtype=F32).reshape(-1, 36)
     y = kernels().gelu_forward(u, np.zeros(36, F32))
     e = np.exp(-2 * reference._GELU_SCALE * (wide(u) + reference._GELU_CUBIC * wide(u) ** 3))
@@ -55,11 +55,11 @@ def test_gelu_in_its_tails():
     assert np.array_equal(kernels().gelu_backward(np.ones_like(far), far, np.zeros(36, F32), None), far > 0)
 
 
-def test_float64_goes_to_the_reference():
+def test_float64_uses_the_reference():
     check_fallback(gelu_cases(3, 8, F32, F32))
 
 
-def test_matrices_at_any_offset():
+def test_unaligned_matrices_give_the_same_results():
     check_unaligned(gelu_cases(101, 264, BF16, BF16))
 
 
@@ -67,20 +67,20 @@ def run():
     return [r for case in gelu_cases(101, 264, BF16, BF16) for r in check(kernels(), *case)]
 
 
-def test_every_schedule_gives_the_same_bits(monkeypatch):
+def test_results_are_bit_identical_with_every_schedule(monkeypatch):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)
     first = bits_in(0, run)
     assert all(bits_in(schedule, run) == first for schedule in (1, 2, 3))
 
 
 FAULTS = {
-    "a row is left out": ("gelu", "forward", "row += AHEAD * step", "row += (AHEAD + 1) * step"),
+    "a row is skipped": ("gelu", "forward", "row += AHEAD * step", "row += (AHEAD + 1) * step"),
     "a row is added twice": ("gelu", "backward", "row += ROWS * step", "row += step"),
-    "warps add at once": ("gelu", "store_partial", "__syncthreads(); int c = blockIdx.x", "int c = blockIdx.x"),
-    "a warp is left out": ("gelu", "store_partial", "warp < WARPS; warp++", "warp < WARPS - 1; warp++"),
+    "a missing barrier": ("gelu", "store_partial", "__syncthreads(); int c = blockIdx.x", "int c = blockIdx.x"),
+    "a warp is skipped": ("gelu", "store_partial", "warp < WARPS; warp++", "warp < WARPS - 1; warp++"),
     "no bias": ("gelu", "bias_of", "f32(bias[c])", "0.f * f32(bias[c])"),
-    "the last columns are left out": ("gelu", "backward", "c < C) {", "c < C - 8) {"),
-    "a wrong cubic": ("gelu", "CUBIC", "0.044715f", "0.0047f"),
+    "the last columns are skipped": ("gelu", "backward", "c < C) {", "c < C - 8) {"),
+    "a wrong coefficient": ("gelu", "CUBIC", "0.044715f", "0.0047f"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Products by cuBLASLt's interface, on the stand-in of tests/stand_ins/cublaslt.cpp, against NumPy."""
+"""Matrix products through cuBLASLt's interface, with the stand-in tests/stand_ins/cublaslt.cpp, compared with NumPy."""
 
 import ctypes
 import itertools
@@ -17,12 +17,12 @@ from tinygrad2.kernels.gemm import Gemm
 
 SOURCE = Path(__file__).parents[2] / "stand_ins" / "cublaslt.cpp"
 GEMM = Path(gemm_module.__file__).read_text(encoding="utf-8")
-ERROR = {bfloat16: 6e-3, np.float32: 2e-6}  # of the largest element
+ERROR = {bfloat16: 6e-3, np.float32: 2e-6}  # relative to the largest element
 rng = np.random.default_rng(0)
 
 
 class Poisoned(strict_cupy.Library):
-    """The stand-in for CuPy; new arrays are filled with NaN."""
+    """The stand-in for CuPy. New arrays are filled with NaN."""
 
     def empty(self, shape, dtype):
         return device(np.full(shape, 0xFF if np.dtype(dtype).kind == "u" else np.nan, dtype=dtype))
@@ -41,7 +41,7 @@ def normal(*shape, dtype=np.float32):
 
 
 def wide(x, stride):
-    """x with its rows so far apart, and NaN between them."""
+    """A view with the values of x and this row stride, with NaN between the rows."""
     rows = np.full((x.shape[0], stride), np.nan, dtype=x.dtype)
     rows[:, : x.shape[1]] = x
     return rows[:, : x.shape[1]]
@@ -60,7 +60,7 @@ def f64(x):
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-def test_every_transpose_type_and_scale_gives_the_product(gemm, dtype, accumulate, apart):
+def test_products_are_correct_for_every_transpose_dtype_and_scale(gemm, dtype, accumulate, apart):
     options = itertools.product((0, 1), (0, 1), {dtype, np.float32}, (None, 0.375), ((5, 7, 11), (1, 24, 8), (9, 1, 3)))
     for ta, tb, out_dtype, scale, (m, n, k) in options:
         a, b, out = normal(*((k, m) if ta else (m, k)), dtype=dtype), None, normal(m, n, dtype=out_dtype)
@@ -79,14 +79,14 @@ def test_every_transpose_type_and_scale_gives_the_product(gemm, dtype, accumulat
         assert not apart or np.isnan(f64(out.base)[:, n:]).all()
 
 
-def test_each_transpose_of_the_same_memory_has_a_plan(gemm):
+def test_each_transpose_of_the_same_memory_has_its_own_plan(gemm):
     a, b, y = (device(normal(8, 8)) for _ in range(3))
     for ta, tb in itertools.product((False, True), repeat=2):
         want = f64(a._a.T if ta else a._a) @ f64(b._a.T if tb else b._a)
         close(gemm(a, b, y, transpose_a=ta, transpose_b=tb), want, 2e-6)
 
 
-def test_views_by_columns_are_read_in_place_and_others_copied(gemm):
+def test_column_major_views_are_read_in_place_and_others_are_copied(gemm):
     a, b = normal(6, 5, dtype=bfloat16), normal(8, 6, dtype=bfloat16)
     want = f64(a).T @ f64(b).T
     strict_cupy.device.reset()
@@ -104,17 +104,17 @@ def test_tf32_rounds_float32_operands_only(gemm):
     error = np.abs(gemm(device(a), device(b), tf32=True)._a - want).max()
     assert np.abs(exact - want).max() < 2e-5 < error < 2e-2
     assert np.array_equal(gemm(*half, tf32=True)._a, before)
-    assert np.array_equal(gemm(device(a), device(b))._a, exact)  # the plan of the one product is not the other's
+    assert np.array_equal(gemm(device(a), device(b))._a, exact)  # the two products have different plans
 
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
-def test_bias(gemm, dtype):
+def test_a_bias_is_added(gemm, dtype):
     a, b, bias = normal(6, 10, dtype=dtype), normal(10, 16, dtype=dtype), normal(16, dtype=dtype)
     y = gemm(device(a), device(b), bias=device(bias))
     close(y, f64(a) @ f64(b) + f64(bias), 2 * ERROR[dtype])
 
 
-def test_plans_are_kept_and_know_alignments_and_streams(gemm):
+def test_plans_are_cached_by_alignment_and_workspaces_by_stream(gemm):
     memory = np.zeros(4096, dtype=np.uint8)
     start = -memory.ctypes.data % 256
     a, b = normal(4, 8, dtype=bfloat16), normal(8, 8, dtype=bfloat16)
@@ -132,10 +132,10 @@ def test_invalid_arguments_are_rejected_before_cublas_is_called(gemm):
     f, h = device(normal(8, 8)), device(normal(8, 8, dtype=bfloat16))
     row, bias = device(normal(8)), device(normal(7))
     for args, options, message in (
-        ((f, h), {}, "no product of float32 and bfloat16 into float32"),
+        ((f, h), {}, "cannot multiply float32 by bfloat16 into float32"),
         ((f, f, h), {}, "into bfloat16"),
-        ((device(normal(8, 8).astype("f8")), f), {}, "no product of float64"),
-        ((f, device(normal(7, 8))), {}, "a product of"),
+        ((device(normal(8, 8).astype("f8")), f), {}, "cannot multiply float64"),
+        ((f, device(normal(7, 8))), {}, "cannot multiply"),
         ((device(normal(0, 8)), f), {}, "is empty"),
         ((f, f, device(normal(8, 8).T)), {}, "row-major"),
         ((row, f), {}, "2 axes"),
@@ -173,7 +173,7 @@ def test_creating_a_handle_is_retried(gemm, monkeypatch):
     close(gemm(f, f), f64(f._a) @ f64(f._a), 2e-6)
 
 
-# The launchers
+# Launchers
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def kernels(fake_cublaslt):
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_equals_the_references(kernels, dtype, has_bias):
+def test_linear_agrees_with_the_reference(kernels, dtype, has_bias):
     x, dy = normal(2, 5, 12, dtype=dtype), normal(2, 5, 7, dtype=dtype)
     weight, bias = normal(12, 7, dtype=dtype), normal(7, dtype=dtype) if has_bias else None
     error = 2 * ERROR[dtype]
@@ -204,7 +204,7 @@ def test_linear_equals_the_references(kernels, dtype, has_bias):
     kernels.linear_backward(device(dy), device(x), device(weight), None, None)
 
 
-def test_weights_in_bfloat16_are_widened(kernels):
+def test_bfloat16_weights_are_converted_to_float32(kernels):
     x, weight, bias = normal(3, 8), normal(8, 5, dtype=bfloat16), normal(5, dtype=bfloat16)
     want = f64(x) @ f64(weight) + f64(bias)
     close(kernels.linear_forward(device(x), device(weight), device(bias)), want, 2e-6)
@@ -234,10 +234,10 @@ def test_injected_faults_are_caught(fake_cublaslt, fault):
 
     def run():
         for dtype, accumulate in itertools.product((bfloat16, np.float32), (False, True)):
-            test_every_transpose_type_and_scale_gives_the_product(faulty, dtype, accumulate, True)
-            test_bias(faulty, dtype)
-        test_each_transpose_of_the_same_memory_has_a_plan(faulty)
-        test_plans_are_kept_and_know_alignments_and_streams(faulty)
+            test_products_are_correct_for_every_transpose_dtype_and_scale(faulty, dtype, accumulate, True)
+            test_a_bias_is_added(faulty, dtype)
+        test_each_transpose_of_the_same_memory_has_its_own_plan(faulty)
+        test_plans_are_cached_by_alignment_and_workspaces_by_stream(faulty)
 
     with pytest.raises((AssertionError, RuntimeError)):
         run()

@@ -1,4 +1,4 @@
-"""kernels/layernorm.cu on the simulator, against reference.py in float64 on the same inputs."""
+"""kernels/layernorm.cu on the simulator, compared with reference.py in float64 on the same inputs."""
 
 import numpy as np
 import pytest
@@ -19,15 +19,15 @@ from tests.tinygrad2.kernels.against_reference import (
 from tinygrad2 import reference
 from tinygrad2.kernels import cuda
 
-pytestmark = pytest.mark.slow  # some dozen kernels are compiled; test_cuda.py runs each of them too
+pytestmark = pytest.mark.slow  # compiles about a dozen kernels; test_cuda.py runs each of them too
 
 
 def layernorm_cases(rows, C, dtype):
-    """(name, arguments, how many of the last are added to)."""
+    """A list of (name, arguments, number of final arguments to which the kernel adds)."""
     x, delta, dy, ds = (normal(rows, C, dtype=dtype, seed=i) for i in range(4))
     x, delta = (np.round(8 * wide(a)).astype(dtype) / dtype.type(8) for a in (x, delta))  # their sum is exact
     weight, bias, dweight, dbias = (normal(C, seed=i) for i in range(4))
-    x = x + dtype.type(2)  # a mean that matters
+    x = x + dtype.type(2)  # a mean that is not close to 0
     _, mean, rstd = (a.astype(F32) for a in reference.layernorm_forward(wide(x), weight, bias, 1e-5))
     return [
         ("layernorm_forward", (x, weight, bias, 1e-5), 0),
@@ -41,12 +41,12 @@ def layernorm_cases(rows, C, dtype):
     ("rows", "C", "dtype"),
     [(19, 64, BF16), (5, 800, BF16), (3, 1600, BF16), (9, 21, BF16), (10, 36, F32)],
 )
-def test_layernorm(rows, C, dtype):
+def test_layernorm_agrees_with_the_reference(rows, C, dtype):
     for name, args, added in layernorm_cases(rows, C, dtype):
         check(kernels(), name, args, added)
 
 
-def test_the_rounded_sum_is_normalized():
+def test_add_layernorm_normalizes_the_rounded_sum():
     _, (x, _, *rest), _ = layernorm_cases(19, 64, BF16)[1]
     delta = normal(19, 64, dtype=BF16)
     s, *normalized = kernels().add_layernorm_forward(x, delta, *rest)
@@ -55,25 +55,25 @@ def test_the_rounded_sum_is_normalized():
     assert all(a.tobytes() == b.tobytes() for a, b in zip(normalized, plain, strict=True))
 
 
-def test_many_rows_and_other_shapes(monkeypatch):
+def test_many_rows_and_three_axes(monkeypatch):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)  # 4 and 2 blocks for 150 rows
     for name, args, added in layernorm_cases(150, 64, BF16) + layernorm_cases(31, 1600, BF16):
         shaped = [a.reshape(1, *a.shape) if isinstance(a, np.ndarray) and a.ndim == 2 else a for a in args]
         check(kernels(), name, shaped, added)
 
 
-def test_gradients_that_are_not_needed():
+def test_gradients_that_are_not_needed_are_skipped():
     (_, args, _) = layernorm_cases(9, 64, BF16)[2]
     dx = kernels().layernorm_backward(*args)
     for dweight, dbias in [(None, None), (args[5].copy(), None), (None, args[6].copy())]:
         assert check(kernels(), "layernorm_backward", (*args[:5], dweight, dbias), 2)[0].tobytes() == dx.tobytes()
 
 
-def test_float64_goes_to_the_reference():
+def test_float64_uses_the_reference():
     check_fallback(layernorm_cases(3, 8, F32))
 
 
-def test_matrices_at_any_offset():
+def test_unaligned_matrices_give_the_same_results():
     check_unaligned(layernorm_cases(21, 800, BF16))
 
 
@@ -81,7 +81,7 @@ def run():
     return [r for case in layernorm_cases(21, 800, BF16) for r in check(kernels(), *case)]
 
 
-def test_every_schedule_gives_the_same_bits(monkeypatch):
+def test_results_are_bit_identical_with_every_schedule(monkeypatch):
     monkeypatch.setattr(cuda, "PROCESSORS", 1)
     first = bits_in(0, run)
     assert all(bits_in(schedule, run) == first for schedule in (1, 2, 3))
@@ -94,21 +94,21 @@ FAULTS = {
     "a row's sums are read before they are written": (
         "layernorm", "row_sums", "slots[warp][n] = v[n]; __syncthreads();", "slots[warp][n] = v[n];"
     ),
-    "one set of slots": ("layernorm", "backward", "row_sums(sums, slots[stage])", "row_sums(sums, slots[0])"),
+    "only one set of slots": ("layernorm", "backward", "row_sums(sums, slots[stage])", "row_sums(sums, slots[0])"),
     "only the first warp of a row": ("layernorm", "row_sums", "w < ROW_WARPS", "w < 1"),
-    "groups add at once": ("layernorm", "store_partial", "__syncthreads(); // at first", "// at first"),
+    "a missing barrier": ("layernorm", "store_partial", "group++) { __syncthreads();", "group++) {"),
     "a row of sums is stored too early": (
         "layernorm", "store_partial", "__syncthreads(); for (int c = threadIdx.x;", "for (int c = threadIdx.x;"
     ),
-    "rows are left out": ("layernorm", "forward", "first += gridDim.x * ROWS)", "first += rows)"),
-    "the last row is left out": ("layernorm", "forward, backward", "row < rows ? C", "row < rows - 1 ? C"),
-    "no mean of g": ("layernorm", "backward", "- g_mean", ""),
-    "no ds": ("layernorm", "backward", "ADD ? skip[k]", "false ? skip[k]"),
+    "rows are skipped": ("layernorm", "forward", "first += gridDim.x * ROWS)", "first += rows)"),
+    "the last row is skipped": ("layernorm", "forward, backward", "row < rows ? C", "row < rows - 1 ? C"),
+    "the mean of g is not subtracted": ("layernorm", "backward", "- g_mean", ""),
+    "ds is not added": ("layernorm", "backward", "ADD ? skip[k]", "false ? skip[k]"),
     "ds is read before it has arrived": ("layernorm", "backward", "if (ADD) cp_async_wait<0>();", ""),
     "the ds of another warp": (
         "layernorm", "backward", "skips[i * WARPS * 32 + threadIdx.x]", "skips[i * WARPS * 32 + lane]"
     ),
-    "the wrong target": ("columns", "add_partials", "blockIdx.y ? second : first", "first"),
+    "the second sum is added to the first target": ("columns", "add_partials", "blockIdx.y ? second : first", "first"),
 }  # fmt: skip
 
 

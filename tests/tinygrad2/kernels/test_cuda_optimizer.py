@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/optimizer.cu on the simulator, against reference.py in float64."""
+"""kernels/optimizer.cu on the simulator, compared with reference.py in float64."""
 
 from types import SimpleNamespace
 
@@ -21,10 +21,10 @@ def poisoned(shape, dtype):
 
 @pytest.fixture
 def kernels():
-    return made()
+    return make_kernels()
 
 
-def made():
+def make_kernels():
     library = SimpleNamespace(RawModule=cudasim.RawModule, empty=poisoned, ascontiguousarray=np.ascontiguousarray)
     return cuda.CudaKernels(library, reference)
 
@@ -35,16 +35,16 @@ def schedule(monkeypatch):
 
 
 def flat(n, offset=0, dtype=np.float32, seed=0):
-    """n values that start `offset` elements after a multiple of 16 bytes, the same for any offset; 7 around them."""
+    """n random values, `offset` elements past a 16-byte boundary. The memory around them contains 7."""
     raw = np.full(n + 32, 7, dtype)
     start = -raw.ctypes.data % 16 // raw.itemsize + offset
     raw[start : start + n] = np.random.default_rng(seed).normal(size=n)
     return raw[start : start + n]
 
 
-# Sizes: empty, less than one access, one more than a block's part, more than all blocks process at once.
+# Sizes: empty, less than one access, one more than a block processes, more than all blocks process at once.
 @pytest.mark.parametrize("n", [0, 3, 1024, 4097, 70_001, 4096 * 1024 + 4099])
-def test_squared_norm(kernels, n):
+def test_squared_norm_agrees_with_the_reference(kernels, n):
     x = flat(n)
     total = kernels.squared_norm(x)
     assert (total.shape, total.dtype) == ((3,), np.float32)
@@ -54,14 +54,14 @@ def test_squared_norm(kernels, n):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_squared_norm_of_values_that_are_not_finite(kernels, bad):
+def test_squared_norm_of_nonfinite_values_is_not_finite(kernels, bad):
     x = flat(5000)
     x[4999] = bad
     assert not np.isfinite(reference.norm(kernels.squared_norm(x)))
 
 
 def stepped(kernels, n, offset=0, scale=0.7, step=3, betas=(0.9, 0.999), dtype=np.float32):
-    """value, m and v after a step on slices that begin at `offset`, and value before it."""
+    """([value, m, v] after a step on slices that start at `offset`, value before it)."""
     value, grad, m, v = (flat(n, offset, dtype, seed) for seed in range(4))
     for array in (value, grad, m, v):
         array[...] = array.astype(np.float32)
@@ -74,7 +74,7 @@ def stepped(kernels, n, offset=0, scale=0.7, step=3, betas=(0.9, 0.999), dtype=n
 
 @pytest.mark.parametrize("n", [1, 6, 1024, 2503])
 @pytest.mark.parametrize("step", [1, 3, 20_000])
-def test_adamw_step(kernels, n, step):
+def test_adamw_step_agrees_with_the_reference(kernels, n, step):
     after, before = stepped(kernels, n, step=step)
     expected, _ = stepped(reference, n, step=step, dtype=np.float64)
     # Rounding is relative to the change, which can be far larger than the value, since the moments are arbitrary.
@@ -92,7 +92,7 @@ def test_adamw_without_moments(kernels, betas):
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, offset):
+def test_unaligned_slices_give_the_same_bits_and_memory_around_them_is_unchanged(kernels, offset):
     for array, right in zip(stepped(kernels, 1030, offset)[0], stepped(kernels, 1030)[0], strict=True):
         np.testing.assert_array_equal(array, right)
         first = (array.ctypes.data - array.base.ctypes.data) // array.itemsize
@@ -110,7 +110,7 @@ def test_adamw_of_empty_arrays(kernels):
     stepped(kernels, 0)
 
 
-def test_float64_goes_to_the_reference(kernels):
+def test_float64_uses_the_reference(kernels):
     after, expected = (stepped(table, 20, dtype=np.float64)[0] for table in (kernels, reference))
     np.testing.assert_array_equal(after[0], expected[0])
     assert kernels.squared_norm(np.full(3, 2.0))[0] == 12
@@ -124,8 +124,8 @@ def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch,
         np.testing.assert_array_equal(array, right)
 
 
-def test_training_with_copies_on_the_device():
-    """AdamW on these kernels: the copies stay in step, the host never waits, and the values are the CPU's."""
+def test_training_with_bfloat16_copies_on_the_device():
+    """AdamW with these kernels updates the copies, never blocks the host, and gives the same values as on the CPU."""
     on_cpu = Model("float32")
     with strict_cupy.registered() as counters:
         backend, library = get_backend("cuda"), strict_cupy.library
@@ -151,7 +151,7 @@ def test_training_with_copies_on_the_device():
 
 
 FAULTS = [
-    ("load4", "i + 4 <= n) return", "i < n) return"),  # a last access beyond the end
+    ("load4", "i + 4 <= n) return", "i < n) return"),  # the last access is out of bounds
     ("store4", "if (i + j < n) p", "p"),
     ("block_sum", "__syncthreads();", ""),
     ("block_sum", "threadIdx.x < WARPS ? sums", "threadIdx.x < WARPS - 1 ? sums"),
@@ -168,18 +168,18 @@ FAULTS = [
 
 
 def check(monkeypatch):
-    kernels = made()
+    kernels = make_kernels()
     for n in (3, 1024, 4097):
-        test_squared_norm(kernels, n)
+        test_squared_norm_agrees_with_the_reference(kernels, n)
     for n in (6, 1024):
-        test_adamw_step(kernels, n, 3)
+        test_adamw_step_agrees_with_the_reference(kernels, n, 3)
     test_adamw_changes_nothing_if_scale_is_nan(kernels)
-    test_a_slice_at_any_offset_gives_the_same_bits_and_nothing_around_it_changes(kernels, 1)
+    test_unaligned_slices_give_the_same_bits_and_memory_around_them_is_unchanged(kernels, 1)
     test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, 2)
-    test_squared_norm(kernels, 4096 * 1024 + 4099)
+    test_squared_norm_agrees_with_the_reference(kernels, 4096 * 1024 + 4099)
 
 
-@pytest.mark.slow  # each is compiled
+@pytest.mark.slow  # each fault is compiled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_are_caught(monkeypatch, fault):
     inject_in(monkeypatch, "optimizer", fault)

@@ -1,5 +1,7 @@
-"""Models of several precisions in one process, on the stand-ins for CuPy and cublasLt: each computes in its own
-precision."""
+"""Models with different precisions in one process, on the stand-ins for CuPy and cuBLASLt.
+
+Each model computes in its own precision.
+"""
 
 import ctypes
 import itertools
@@ -18,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 9))
 
 @pytest.fixture
 def products(fake_cublaslt, cublaslt):
-    """A function that returns what was multiplied since its last call, of float32 matrices, by CuPy or by cublasLt."""
+    """A function that returns the number of float32 products since its last call, by precision (CuPy and cuBLASLt)."""
     counters = (ctypes.c_int * 2).in_dll(ctypes.CDLL(fake_cublaslt), "cublaslt_products")
 
     def since():
@@ -33,12 +35,12 @@ def products(fake_cublaslt, cublaslt):
 
 
 def launch(model, **options):
-    """The loss and the logits of a batch, on the tape."""
+    """Run the forward pass twice. Returns the model's loss, and a loss computed from its logits."""
     return model.loss(TOKENS[:, :-1], TOKENS[:, 1:], Key(1)), ops.cross_entropy(model(TOKENS), TOKENS)
 
 
 def collect(model, losses):
-    """Every number of the forward and backward passes, on the host, after the backward pass."""
+    """Run the backward passes. Returns the losses and all gradients, copied to the host."""
     for loss in losses:
         loss.backward()
     arrays = [*(loss.data for loss in losses), *(p.grad for p in model.parameters())]
@@ -52,7 +54,7 @@ def alone(precision, plain, **options):
 
 
 def differ(a, b):
-    """The largest distance between two results, relative to the norm."""
+    """The distance between the arrays of two results, relative to their norms."""
     return [np.linalg.norm(x - y) / (np.linalg.norm(y) or 1) for x, y in zip(a, b, strict=True)]
 
 
@@ -62,17 +64,17 @@ def differ(a, b):
 @pytest.mark.parametrize(
     ("plain", "precisions"), [(True, ("float32", "tf32")), (False, ("float32", "tf32", "bfloat16"))]
 )
-def test_models_of_different_precision_in_one_process(products, plain, precisions, options):
+def test_models_with_different_precisions_do_not_affect_each_other(products, plain, precisions, options):
     expected = {precision: alone(precision, plain, **options) for precision in precisions}
     for a, b in itertools.combinations(expected.values(), 2):
-        assert min(differ(a, b)[1:]) > 1e-6  # in every gradient
+        assert min(differ(a, b)[1:]) > 1e-6  # every gradient differs
         assert max(differ(a[:2], b[:2])) < 1e-2
     for order in (precisions, precisions[::-1]):
         with strict_cupy.registered(plain=plain):
             models = {precision: GPT2(CONFIG, device="cuda", dtype=precision, **options) for precision in order}
             products()
             losses = {}
-            for precision, model in models.items():  # all forward passes, then all backward passes
+            for precision, model in models.items():  # all forward passes run before all backward passes
                 losses[precision] = launch(model)
                 assert set(products()) == {precision} - {"bfloat16"}
             for precision, model in models.items():
@@ -98,7 +100,7 @@ def test_each_operation_multiplies_in_the_requested_precision(products, plain):
                 lambda tf32: ops.linear(x, w, tf32=tf32),
                 lambda tf32: ops.logits(x, table, tf32=tf32),
                 lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], tf32=tf32),
-                lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], 2, tf32=tf32),  # all in the forward pass
+                lambda tf32: ops.lm_head(x, table, [0, 1, 2, 3], 2, tf32=tf32),  # all products are in the forward pass
                 lambda tf32: ops.attention(qkv, 2, 0.1, Key(0), tf32),
             ):
                 y = call(tf32)
@@ -108,15 +110,15 @@ def test_each_operation_multiplies_in_the_requested_precision(products, plain):
                 assert set(forward) == {name} == set(forward + backward)
                 assert forward.total() + backward.total() >= 3
                 ops.lm_head_gradients(x, table, [0, 1, 2, 3], 1.0, 2, tf32)
-                assert products() == {name: 6}  # three per chunk
-                ((x @ w) * 2).sum().backward()  # the operator is never in TF32
+                assert products() == {name: 6}  # three products per chunk
+                ((x @ w) * 2).sum().backward()  # operators never use TF32
                 assert set(products()) == {"float32"}
             with no_grad():
                 ops.attention_cached(qkv.detach(), cuda.zeros((2, 1, 2, 8, 2), "float32"), 0, 2, tf32)
-            assert set(products()) == {name} or not plain  # (kernels other than products are exact)
+            assert set(products()) == {name} or not plain  # the other kernels do not use TF32
 
 
-def test_the_compute_type_of_cupy_is_restored_if_a_product_fails(products):
+def test_cupys_compute_type_is_restored_if_a_product_fails(products):
     with strict_cupy.registered():
         kernels = get_backend("cuda").kernels_for(True)
         with pytest.raises(AttributeError):

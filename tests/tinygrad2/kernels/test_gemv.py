@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/gemv.py: products of a few rows against float64, for every edge, layout and kind of weights."""
+"""kernels/gemv.py: products with few rows, compared with float64, for all edge cases, layouts and dtypes of weights."""
 
 import os
 import subprocess
@@ -23,9 +23,9 @@ LAYOUTS = pytest.mark.parametrize("layout", ["C", "F"], ids=["rows", "columns"])
 SHAPES = [(1, 1), (1, 300), (300, 1), (3, 5), (4, 16), (5, 17), (31, 33), (64, 64), (131, 257), (127, 1100), (770, 47)]
 
 
-@pytest.fixture(params=["of this processor", "without AVX-512"])
+@pytest.fixture(params=["native", "without AVX-512"])
 def lanes(request, monkeypatch):
-    """Both widths of vectors; the second is compiled here, and not kept on disk."""
+    """Test both vector widths. The code for the second one is not cached on disk."""
     if "without" in request.param:
         monkeypatch.setattr(gemv, "LANES", 8)
         monkeypatch.setattr(gemv, "ROWS", 2)
@@ -47,7 +47,7 @@ def check(x, w, y):
     before = x.copy(), w.copy()
     gemv.add_product(x, w, y)
     expected = wide[2] + wide[0] @ wide[1]
-    scale = np.abs(wide[2]) + np.abs(wide[0]) @ np.abs(wide[1])  # of the sums, without their signs
+    scale = np.abs(wide[2]) + np.abs(wide[0]) @ np.abs(wide[1])  # sums of the absolute values
     assert (np.abs(y - expected) <= 2e-7 * (4 + x.shape[1] / 8) * scale).all()
     np.testing.assert_array_equal(x, before[0])
     np.testing.assert_array_equal(w, before[1])
@@ -56,14 +56,14 @@ def check(x, w, y):
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_product_in_float64(shape, dtype, layout, lanes):
+def test_products_agree_with_float64(shape, dtype, layout, lanes):
     for M in (1, 2, 3, 5, 6, 7, 13, 32, 33):
         check(*matrices(M, *shape, dtype, layout))
 
 
 @DTYPES
 @LAYOUTS
-def test_any_number_of_rows(dtype, layout):
+def test_products_with_any_number_of_rows(dtype, layout):
     for M in range(34):
         check(*matrices(M, 37, 29, dtype, layout))
 
@@ -71,7 +71,7 @@ def test_any_number_of_rows(dtype, layout):
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("shape", [(37, 0), (0, 37)])
-def test_nothing_to_add_changes_nothing(shape, dtype, layout):
+def test_empty_products_change_nothing(shape, dtype, layout):
     x, w, y = matrices(3, *shape, dtype, layout)
     before = y.copy()
     gemv.add_product(x, w, y)
@@ -117,8 +117,8 @@ def test_nan_and_infinity_propagate(dtype, layout, bad):
 
 
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_every_bfloat16_is_read_exactly(layout):
-    """Zeros, denormal, infinite and all others, as ml_dtypes widens them."""
+def test_every_bfloat16_value_is_read_exactly(layout):
+    """All 65,536 values, including zeros, denormals and infinities, are converted as by ml_dtypes."""
     every = np.arange(1 << 16, dtype=np.uint16).view(bfloat16)
     w = np.asarray(every.reshape(1, -1) if layout == "C" else np.repeat(every.reshape(1, -1), 2, axis=0), order=layout)
     x, y = np.ones((1, 1), np.float32), np.zeros((1, 1 << 16), np.float32)
@@ -126,12 +126,12 @@ def test_every_bfloat16_is_read_exactly(layout):
         x = np.array([[1, 0]], np.float32)
     gemv.add_product(x, w, y)
     expected = every.astype(np.float32)
-    if layout == "F":  # infinity times 0
+    if layout == "F":  # infinity times 0 is NaN
         expected = np.where(np.isinf(expected), np.nan, expected)
     np.testing.assert_array_equal(y[0], expected)
 
 
-def test_which_weights_fit():
+def test_supported_weights():
     x = np.ones((2, 6), np.float32)
     w = np.ones((6, 8), np.float32)
     assert gemv.supports(x, w)
@@ -152,9 +152,9 @@ def test_which_weights_fit():
     "cut", [(slice(None), slice(None)), (slice(None), slice(None, None, 2)), (slice(0, 32), slice(0, 40))]
 )
 def test_linear_supports_any_weights_and_rows(dtype, rows, cut):
-    """Few rows and many, weights that fit and those that do not, x strided or not: the same within rounding."""
+    """Results agree for few and many rows, for weights that gemv supports or not, and for strided and contiguous x."""
     R = np.random.default_rng(0)
-    with_onednn = dtype == bfloat16 and cpu.onednn.library() is not None  # which rounds x to bfloat16
+    with_onednn = dtype == bfloat16 and cpu.onednn.library() is not None  # rounds x to bfloat16
     for w in (R.normal(size=(50, 90)).astype(dtype)[cut], R.normal(size=(90, 50)).astype(dtype).T[cut]):
         wide, bias = w.astype(np.float64), R.normal(size=w.shape[1]).astype(np.float32)
         for x in (
@@ -169,7 +169,7 @@ def test_linear_supports_any_weights_and_rows(dtype, rows, cut):
 
 
 @pytest.mark.slow
-def test_compiled_code_is_found_by_the_next_process(tmp_path):
+def test_the_next_process_uses_the_cached_code(tmp_path):
     script = (
         "import numpy as np\n"
         "from tinygrad2.kernels import gemv\n"
@@ -178,10 +178,10 @@ def test_compiled_code_is_found_by_the_next_process(tmp_path):
         "print([task.cache_hits for task in gemv._tasks.values()])\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    said = [
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout
         for _ in range(2)
     ]
-    assert said == ["[0, 0]\n", "[1, 1]\n"]
+    assert outputs == ["[0, 0]\n", "[1, 1]\n"]

@@ -1,4 +1,4 @@
-"""Products by oneDNN, on a processor with instructions for bfloat16, and why it is not used on others."""
+"""bfloat16 products with oneDNN, and the reasons why it may be unavailable."""
 
 import itertools
 import weakref
@@ -26,33 +26,33 @@ def error(result, exact):
 
 
 @pytest.mark.parametrize("shape", [(96, 64, 80), (37, 51, 29), (1, 9, 4), (40, 1, 3)], ids=str)
-def test_a_product_in_every_layout(library, shape):
+def test_products_in_every_layout(library, shape):
     m, k, n = shape
     for left, right, dtype, add, biased in itertools.product("CF", "CF", (bfloat16, np.float32), (0, 1), (0, 1)):
         a, b = (R.normal(size=s).astype(bfloat16) for s in ((m, k), (k, n)))
         a, b, bias = np.array(a, order=left), np.array(b, order=right), R.normal(size=n).astype(bfloat16)
-        whole = R.normal(size=(m + 2, n + 3)).astype(dtype)
-        out, before = whole[1:-1, 2 : 2 + n], whole.copy()
+        memory = R.normal(size=(m + 2, n + 3)).astype(dtype)
+        out, before = memory[1:-1, 2 : 2 + n], memory.copy()
         exact = a.astype("d") @ b.astype("d") + add * out.astype("d") + biased * bias.astype("d")
         onednn.product(a, b, out, bool(add), bias if biased else None)
-        assert error(out, exact) < (6e-3 if dtype == bfloat16 else 1e-6)  # at most 2^-8 twice
-        whole[1:-1, 2 : 2 + n] = before[1:-1, 2 : 2 + n]
-        np.testing.assert_array_equal(whole, before)  # and nothing outside it is written
+        assert error(out, exact) < (6e-3 if dtype == bfloat16 else 1e-6)  # at most two roundings of 2^-8
+        memory[1:-1, 2 : 2 + n] = before[1:-1, 2 : 2 + n]
+        np.testing.assert_array_equal(memory, before)  # nothing outside `out` is written
 
 
-def test_a_prompt_is_read_in_bfloat16(library):
-    """Activations are float32 where only the weights are bfloat16; products of many rows round them."""
+def test_products_with_many_rows_round_activations_to_bfloat16(library):
+    """If only the weights are bfloat16, products with many rows round the float32 activations."""
     x, w = R.normal(size=(2, 50, 96)).astype(np.float32), R.normal(size=(96, 70)).astype(bfloat16)
     bias = R.normal(size=70).astype(np.float32)
     y = cpu.linear_forward(x, w, bias)
     assert y.dtype == np.float32
     assert error(y, x.astype(bfloat16).astype("d") @ w.astype("d") + bias) < 1e-6
     assert 1e-4 < error(y, x.astype("d") @ w.astype("d") + bias) < 4e-3
-    few = cpu.linear_forward(x[:, :10], w, bias)  # 20 rows: limited by reading the weights
+    few = cpu.linear_forward(x[:, :10], w, bias)  # 20 rows use gemv, which does not round x
     assert error(few, x[:, :10].astype("d") @ w.astype("d") + bias) < 1e-6
 
 
-def test_nan_and_infinity_show(library):
+def test_nan_and_infinity_propagate(library):
     a, b, out = np.ones((8, 8), bfloat16), np.ones((8, 8), bfloat16), np.empty((8, 8), np.float32)
     a[1, 2], b[3, 4] = np.nan, np.inf
     onednn.product(a, b, out)
@@ -61,8 +61,8 @@ def test_nan_and_infinity_show(library):
     assert (np.delete(np.delete(out, 1, axis=0), 4, axis=1) == 8).all()
 
 
-def test_only_the_latest_primitives_are_kept(library):
-    """Prompts have many lengths, and each has its own primitives."""
+def test_only_recently_used_primitives_are_cached(library):
+    """Each prompt length has its own primitives."""
     b, kept = np.eye(8, dtype=bfloat16), []
     for rows in range(1, onednn.KEPT + 20):
         a, out = R.normal(size=(rows, 8)).astype(bfloat16), np.empty((rows, 8), np.float32)
@@ -75,7 +75,7 @@ def test_only_the_latest_primitives_are_kept(library):
     assert onednn._primitive.cache_info().currsize <= onednn.KEPT
 
 
-def test_a_product_that_is_impossible_raises(library):
+def test_an_invalid_call_raises(library):
     with pytest.raises(RuntimeError, match=r"^oneDNN: dnnl_\w+ failed with status \d+$"):
         onednn.library().new("memory_desc_create_with_strides", -1, None, 3, None)
 
@@ -84,7 +84,7 @@ def test_a_product_that_is_impossible_raises(library):
     ("T", "C", "K"),
     [(1024, 768, 2304), (512, 128, 384), (512, 512, 128), (300, 100, 257), (49, 33, 20), (1536, 64, 900)],
 )
-def test_the_number_of_threads_changes_no_bit_of_a_bfloat16_product(library, set_threads, monkeypatch, T, C, K):
+def test_bfloat16_products_do_not_depend_on_the_number_of_threads(library, set_threads, monkeypatch, T, C, K):
     monkeypatch.setattr(cpu, "GEMM_FLOPS", 1)  # as many parts as possible
     x, w, dy = (R.normal(size=shape).astype(bfloat16) for shape in ((T, C), (C, K), (T, K)))
     outcomes = []

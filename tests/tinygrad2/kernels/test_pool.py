@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/pool.py: parts at the same time, and no way to hang: errors, Ctrl-C, forks, sleep, exit."""
+"""kernels/pool.py runs parts concurrently, and never hangs: errors, Ctrl-C, forks, sleeping workers, exit."""
 
 import faulthandler
 import multiprocessing
@@ -25,7 +25,7 @@ TWO = [(0, 1), (1, 2)]
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """A hang ends the test with the stacks of all threads, instead of a silent hang of the whole run."""
+    """If a test hangs, print the stacks of all threads and exit, instead of blocking the test run."""
     faulthandler.dump_traceback_later(120, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -36,7 +36,7 @@ def ranges(n):
 
 
 def usable(parts=3):
-    """Whether the pool computes parts at the same time, each on its own thread."""
+    """Whether the pool runs parts concurrently, each on its own thread."""
     meeting, seen = threading.Barrier(parts, timeout=20), []
 
     def task(start, stop):
@@ -57,24 +57,24 @@ def _words(typing_context, address):
 
 @cfunc(types.void(types.int64, types.int64, types.int64))
 def count_up(arguments, start, stop):
-    """arguments: the address of a word for each part, to which 1 is added, and how long to work for that."""
+    """Add 1 to the word of each part. arguments: the address of the words, and the number of iterations to spend."""
     a = carray(_words(arguments), (2,))
     result = carray(_words(a[0]), (stop,))
     for part in range(start, stop):
         value = result[part]
         for i in range(a[1]):
             value = (value * 5 + i) ^ (value >> 3)
-        result[part] += 1 + (value == 12345)  # (so that the work is needed)
+        result[part] += 1 + (value == 12345)  # so that the loop is not optimized away
 
 
 def counted(parts, work=0):
-    """`parts` words, each of which some part has counted up."""
+    """The words of `parts` parts after one call of count_up."""
     result = np.zeros(parts, dtype=np.int64)
     pool.each_compiled(count_up, np.array([result.ctypes.data, work], dtype=np.int64), ranges(parts))
     return result
 
 
-def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
+def test_parts_run_concurrently_and_nested_calls_run_in_place():
     meeting = threading.Barrier(3, timeout=20)
     seen = []
 
@@ -92,7 +92,7 @@ def test_the_parts_run_at_the_same_time_and_nested_ones_in_place():
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_an_error_in_a_part_is_raised_when_all_parts_have_ended(where, error):
+def test_an_error_in_a_part_is_raised_after_all_parts_have_ended(where, error):
     done = []
 
     def task(start, stop):
@@ -107,19 +107,19 @@ def test_an_error_in_a_part_is_raised_when_all_parts_have_ended(where, error):
     assert usable()
 
 
-def test_one_part_needs_no_thread():
+def test_one_part_runs_on_the_calling_thread():
     seen = []
     pool.each(lambda a, b: seen.append((a, b, threading.get_ident())), [(3, 9)])
     assert seen == [(3, 9, threading.get_ident())]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 2 * (os.cpu_count() or 1) + 3])
-def test_compiled_parts_are_each_computed_once(count):
+def test_each_compiled_part_is_computed_once(count):
     for work in (0, 1, 100, 100_000):
         assert counted(count, work).tolist() == [1] * count
 
 
-def test_the_number_of_parts_may_change_all_the_time():
+def test_the_number_of_parts_may_change_between_calls():
     for count in (2, 7, 1, 3, 9, 2, 12, 5):
         assert counted(count).tolist() == [1] * count
         assert usable(count)
@@ -137,7 +137,7 @@ def test_sleeping_workers_are_woken(wait):
     assert all(worker.slot[pool.ASLEEP] for worker in pool._workers)
 
 
-def test_several_threads_may_call_at_once():
+def test_several_threads_may_call_concurrently():
     wrong = []
 
     def ask(seed):
@@ -159,7 +159,7 @@ def test_several_threads_may_call_at_once():
 
 
 def test_parts_of_any_duration_with_any_pause():
-    """Around SPIN_SECONDS, where threads go to sleep just as work comes."""
+    """Durations are close to SPIN_SECONDS, so that threads fall asleep just as work arrives."""
     R = random.Random(0)
     stop = time.perf_counter() + 1.5
     while time.perf_counter() < stop:
@@ -178,7 +178,7 @@ def test_parts_of_any_duration_with_any_pause():
         time.sleep(naps[-1])
 
 
-def test_a_worker_has_the_callers_context():
+def test_a_worker_uses_the_callers_context():
     def divide(start, stop):
         return np.ones(1) / np.zeros(1)
 
@@ -190,7 +190,7 @@ def test_a_worker_has_the_callers_context():
         pool.each(divide, TWO)
 
 
-def test_blas_computes_on_one_thread_inside_and_as_before_outside():
+def test_blas_uses_one_thread_inside_a_part_and_is_restored_afterwards():
     def blas_threads():
         return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
@@ -208,7 +208,7 @@ def test_a_part_that_outlives_its_caller_does_not_affect_the_next_call():
     release, made = threading.Event(), []
     assert usable()
     worker = pool._get_workers(1)[0]
-    worker.task, worker.slot[pool.FUNCTION] = release.wait, pool.PYTHON  # as if the caller had been interrupted here
+    worker.task, worker.slot[pool.FUNCTION] = release.wait, pool.PYTHON  # as if interrupted here
     pool._post(pool._slots.ctypes.data, 1)
     worker.wake_up()
     later = threading.Timer(0.05, release.set)
@@ -219,14 +219,14 @@ def test_a_part_that_outlives_its_caller_does_not_affect_the_next_call():
 
 
 def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
-    """Alarms interrupt the caller everywhere: between the steps of the handshake, in its part, and as it waits."""
+    """Alarms interrupt the caller anywhere: between the steps of the handshake, in its part, and while it waits."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     R, caught = random.Random(0), 0
     assert usable()
-    assert counted(3).tolist() == [1] * 3  # all is compiled: an interrupt there is the compiler's affair
+    assert counted(3).tolist() == [1] * 3  # everything is compiled, so that no alarm interrupts the compiler
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         stop = time.perf_counter() + 2
@@ -249,13 +249,13 @@ def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 caught += 1
-            # Python may raise between entering `finally` and its first step: a part then outlives its caller a little.
+            # Python may raise between entering `finally` and its first statement. A part may then outlive its caller.
             deadline = time.perf_counter() + 10
             while any(worker.slot[pool.DONE] != worker.slot[pool.TICKET] for worker in pool._workers):
                 assert time.perf_counter() < deadline
                 time.sleep(1e-4)
             assert result.tolist() in ([0] * 3, [1] * 3)
-            if pool._busy.locked():  # interrupted between taking the lock and the next step: others compute alone
+            if pool._busy.locked():  # interrupted after taking the lock: other callers do not use the pool
                 pool._busy.release()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -264,11 +264,11 @@ def test_ctrl_c_at_any_moment_leaves_the_pool_usable():
     assert usable()
 
 
-def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeypatch):
+def test_an_interrupt_of_a_waiting_caller_is_raised_after_all_parts_have_ended(monkeypatch):
     wait, pending = pool._wait, [KeyboardInterrupt, KeyboardInterrupt]
 
     def interrupted(*arguments):
-        if pending and pool._slots[0, pool.DONE] != pool._slots[0, pool.TICKET]:  # not before there is work
+        if pending and pool._slots[0, pool.DONE] != pool._slots[0, pool.TICKET]:  # only after work was posted
             raise pending.pop()
         return wait(*arguments)
 
@@ -286,7 +286,7 @@ def test_an_interrupt_while_it_waits_is_raised_when_the_parts_have_ended(monkeyp
     assert usable()
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_not_a_hang(monkeypatch):
+def test_a_thread_that_cannot_be_started_raises_instead_of_hanging(monkeypatch):
     pool._stop_workers()
     start, started = threading.Thread.start, []
 
@@ -316,7 +316,7 @@ def _in_a_fork(results):
 @pytest.mark.parametrize("pause", [0, 0.02])
 def test_a_forked_process_has_its_own_threads(pause):
     assert usable()
-    time.sleep(pause)  # the threads spin, or sleep
+    time.sleep(pause)  # the workers spin or sleep
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     child = context.Process(target=_in_a_fork, args=(results,))
@@ -339,7 +339,7 @@ EXITS = {
 }
 SCRIPT = """
 import atexit, sys, threading, time
-def last():  # registered before the pool, so called after its own
+def last():  # registered before the pool's exit function, so called after it
     computed = []
     pool.each(lambda a, b: computed.append(a), RANGES)
     assert sorted(computed) == [0, 1, 2]
@@ -353,7 +353,7 @@ pool.each(lambda a, b: None, RANGES)
 @pytest.mark.parametrize("repeats", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", EXITS)
 def test_the_interpreter_exits_cleanly(case, repeats):
-    """Two processes at a time. An exit function that runs after the pool has stopped computes by itself."""
+    """Two processes run at a time. An exit function that runs after the pool has stopped computes in place."""
     script = SCRIPT + EXITS[case]
     for _ in range(repeats):
         processes = [
@@ -380,7 +380,7 @@ def test_set_count_sets_the_number_of_threads(set_threads):
 
 @cfunc(types.void(types.int64, types.int64, types.int64))
 def shift(arguments, start, stop):
-    """arguments: the addresses of a row of words and of the next row, whose element i becomes 3 a[n - 1 - i] + i."""
+    """Set next[i] = 3 row[n - 1 - i] + i. arguments: the addresses of the row and of the next row, and n."""
     a = carray(_words(arguments), (3,))
     before, after = carray(_words(a[0]), (a[2],)), carray(_words(a[1]), (a[2],))
     for i in range(start, stop):
@@ -388,7 +388,7 @@ def shift(arguments, start, stop):
 
 
 def chained(steps, parts, size=60):
-    """A table of steps, each of which reads what other threads wrote in the step before, and the expected rows."""
+    """A table of steps, each of which reads what other threads wrote in the previous step, and the expected rows."""
     rows = np.zeros((steps + 1, size), dtype=np.int64)
     arguments = [np.array([rows[i].ctypes.data, rows[i + 1].ctypes.data, size], dtype=np.int64) for i in range(steps)]
     count = [parts if i % 3 else 1 for i in range(steps)]  # some steps have fewer parts
@@ -401,9 +401,9 @@ def chained(steps, parts, size=60):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_the_steps_of_a_table_run_one_after_the_other(parts):
+def test_the_steps_of_a_table_run_in_order(parts):
     rows, _arguments, table, expected = chained(200, parts)
-    for pause in (0, 0, 5 * pool.SPIN_SECONDS):  # after a pause the workers sleep
+    for pause in (0, 0, 5 * pool.SPIN_SECONDS):  # after the pause, the workers are asleep
         rows[1:] = 0
         time.sleep(pause)
         pool.run_table(table)
@@ -411,7 +411,7 @@ def test_the_steps_of_a_table_run_one_after_the_other(parts):
 
 
 def test_workers_that_fall_asleep_within_a_table_are_woken():
-    slow, words = 30_000_000, np.zeros(3, dtype=np.int64)  # longer than workers spin
+    slow, words = 30_000_000, np.zeros(3, dtype=np.int64)  # takes longer than workers spin
     alone = np.array([words[:1].ctypes.data, slow], dtype=np.int64)
     both = np.array([words[1:].ctypes.data, 1], dtype=np.int64)
     table = pool.table([(count_up.address, a, r) for a, r in ((both, TWO), (alone, [(0, 1)])) for _ in range(2)])

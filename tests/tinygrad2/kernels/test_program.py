@@ -1,4 +1,4 @@
-"""tinygrad2/kernels/program.py: each operation has the bits of the kernel of the same name."""
+"""kernels/program.py: each operation gives the same bits as the kernel of the same name."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def run(position=0, **operations):
 
 @ROWS
 @pytest.mark.parametrize("C", [64, 100])
-def test_layernorm(rows, C):
+def test_layernorm_equals_the_kernel(rows, C):
     x, delta, weight, bias, y = array(rows, C), array(rows, C), array(C), array(C), array(rows, C)
     expected, *_ = cpu.layernorm_forward(x, weight, bias, 1e-5)
     run(layernorm=(x, None, weight, bias, 1e-5, y))
@@ -39,7 +39,7 @@ def test_layernorm(rows, C):
 @ROWS
 @pytest.mark.parametrize("dtype", [np.float32, bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("N", [31, 64, 1000])
-def test_linear(rows, dtype, N, set_threads):
+def test_linear_equals_the_kernel(rows, dtype, N, set_threads):
     set_threads(3)
     x, weight, bias, y = array(rows, 70), array(70, N).astype(dtype), array(N), array(rows, N)
     for w in (weight, np.asarray(weight, order="F")):
@@ -50,7 +50,7 @@ def test_linear(rows, dtype, N, set_threads):
 
 @ROWS
 @pytest.mark.parametrize("N", [5, 2000, 3072])
-def test_gelu_also_in_place(rows, N, set_threads):
+def test_gelu_equals_the_kernel_also_in_place(rows, N, set_threads):
     set_threads(3)
     x, bias, y = 3 * array(rows, N), array(N), array(rows, N)
     expected = cpu.gelu_forward(x, bias)
@@ -61,7 +61,7 @@ def test_gelu_also_in_place(rows, N, set_threads):
 
 
 @pytest.mark.parametrize("position", [0, 9, cpu.CACHE_BLOCK, cpu.CACHE_BLOCK + 20])
-def test_attention_cached(position, set_threads):
+def test_attention_cached_equals_the_kernel(position, set_threads):
     set_threads(3)
     qkv, cache, out = array(2, 3 * 64), array(2, 2, 2, cpu.CACHE_BLOCK + 30, 32), array(2, 64)
     other = cache.copy()
@@ -71,7 +71,7 @@ def test_attention_cached(position, set_threads):
     np.testing.assert_array_equal(cache, other)
 
 
-def test_operations_run_in_order_and_again():
+def test_a_program_runs_in_order_and_repeatedly():
     x, first, second = array(1, 64), array(64, 300), array(300, 64)
     hidden, y, bias = array(1, 300), array(1, 64), array(300)
     program = Program()
@@ -85,7 +85,7 @@ def test_operations_run_in_order_and_again():
         np.testing.assert_array_equal(y, expected)
 
 
-def test_which_sizes_it_supports():
+def test_supported_sizes():
     assert Program.supports(cpu.GEMV_ROWS, 64)
     assert not Program.supports(cpu.GEMV_ROWS + 1, 64)
     assert not Program.supports(1, 20)

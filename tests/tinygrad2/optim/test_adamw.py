@@ -12,8 +12,8 @@ from tinygrad2 import optim
 
 @pytest.mark.parametrize("max_norm", [None, 0.5, 1e9])
 @pytest.mark.parametrize(("betas", "eps", "weight_decay"), [((0.9, 0.999), 1e-8, 0.1), ((0.8, 0.5), 1e-2, 0.0)])
-def test_adamw_follows_the_textbook(max_norm, betas, eps, weight_decay):
-    """Algorithm 2 of arXiv:1711.05101, parameter by parameter, with the global norm clipped before."""
+def test_adamw_equals_the_published_algorithm(max_norm, betas, eps, weight_decay):
+    """Algorithm 2 of arXiv:1711.05101 for each parameter, after clipping by the global norm."""
     model = Model()
     optimizer = optim.AdamW(model, lr=0.01, betas=betas, eps=eps, weight_decay=weight_decay)
     theta = [p.data.copy() for p in model.parameters()]
@@ -33,12 +33,12 @@ def test_adamw_follows_the_textbook(max_norm, betas, eps, weight_decay):
         for p, t, g in zip(model.parameters(), theta, grads, strict=True):
             np.testing.assert_allclose(p.data, t, rtol=1e-11)
             assert distance(p.data, t) < 1e-12
-            np.testing.assert_array_equal(p.grad, g)  # clipping leaves the gradients as they are
+            np.testing.assert_array_equal(p.grad, g)  # clipping does not change the gradients
     assert optimizer.steps == 20
 
 
 def test_the_bias_correction_is_accurate_in_float32():
-    """1 - beta2 would be wrong by 5e-5 if it were taken of float32 numbers."""
+    """1 - beta2 would have an error of 5e-5 if it were computed in float32."""
     model = Model("float32")
     with strict_cupy.registered():
         model.to("cuda")
@@ -54,7 +54,7 @@ def test_the_bias_correction_is_accurate_in_float32():
     ("name", "value"),
     [("lr", -1e-3), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", 0.0), ("weight_decay", -1.0)],
 )
-def test_options_out_of_range(name, value):
+def test_options_out_of_range_are_rejected(name, value):
     with pytest.raises(ValueError, match=f"^AdamW: {name} is .* out of range$"):
         optim.AdamW(Model(), **{name: value})
 
@@ -62,7 +62,7 @@ def test_options_out_of_range(name, value):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_equals_pytorchs(weight_decay):
+def test_adamw_equals_pytorch(weight_decay):
     torch = pytest.importorskip("torch")
     model = Model()
     theirs = [torch.from_numpy(p.data.copy()).requires_grad_() for p in model.parameters()]

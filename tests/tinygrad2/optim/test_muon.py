@@ -16,7 +16,7 @@ MATRICES = {"qkv": 3, "up": 1, "down": 1}
 
 
 class Model(nn.Module):
-    """An embedding, a gain, and matrices, one of which consists of three."""
+    """An embedding, a gain, and matrices, one of which consists of three blocks."""
 
     def __init__(self, dtype="float64", seed=0):
         draw = np.random.default_rng(seed).normal
@@ -35,7 +35,7 @@ def gradients(model, seed):
 
 
 def newton_schulz(x):
-    """As published, for a matrix of any shape."""
+    """The published iteration, for a matrix of any shape."""
     flipped = len(x) > len(x.T)
     x = (x.T if flipped else x) / np.linalg.norm(x)
     for _ in range(5):
@@ -44,7 +44,7 @@ def newton_schulz(x):
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_muon_follows_the_textbook(max_norm):
+def test_muon_equals_the_published_algorithm(max_norm):
     model = Model()
     options = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
     optimizer = optim.Muon(model, MATRICES, lr=0.01, momentum=0.9, **options)
@@ -83,8 +83,8 @@ def test_muon_follows_the_textbook(max_norm):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize(("shape", "nesterov_momentum"), [((24, 40), 0.95), ((64, 16), 0.95), ((32, 32), 0.9)])
-def test_one_step_equals_pytorchs(shape, nesterov_momentum):
-    """PyTorch's iterates in bfloat16."""
+def test_one_step_agrees_with_pytorch(shape, nesterov_momentum):
+    """The bound is large because PyTorch runs the iteration in bfloat16."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this PyTorch has no Muon")
@@ -109,7 +109,7 @@ def test_one_step_equals_pytorchs(shape, nesterov_momentum):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (40, 40)])
-def test_orthogonalize_keeps_the_singular_vectors(shape):
+def test_orthogonalize_preserves_singular_vectors(shape):
     x = np.random.default_rng(0).normal(size=shape)
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     reference.orthogonalize(x)
@@ -119,7 +119,7 @@ def test_orthogonalize_keeps_the_singular_vectors(shape):
     assert (np.abs(np.diag(result)[large] - 1) < 0.35).all()
 
 
-def test_orthogonalize_of_zeros_is_zeros():
+def test_orthogonalize_of_zeros_gives_zeros():
     for table in (reference, get_backend("cpu").kernels):
         x = np.zeros((4, 5), "float32")
         table.orthogonalize(x)
@@ -127,7 +127,7 @@ def test_orthogonalize_of_zeros_is_zeros():
 
 
 def stepped(comm, shared, max_norm=None, dtype="float32", steps=3):
-    """Parameters and state after some steps from the same gradients on every rank."""
+    """The parameters and the state after some steps, with the same gradients on every rank."""
     model = Model(dtype)
     optimizer = optim.Muon(model, MATRICES, lr=0.05, shared_by=comm if shared else None, ranks=comm)
     for step in range(steps):
@@ -139,9 +139,9 @@ def stepped(comm, shared, max_norm=None, dtype="float32", steps=3):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_any_number_of_ranks_computes_the_same_bits(monkeypatch, size, shared, dtype):
+def test_any_number_of_ranks_gives_the_same_bits(monkeypatch, size, shared, dtype):
     monkeypatch.setattr(params, "BUCKET_SIZE", 200)
-    # Where the state is sharded, the norm is summed in a different order: here nothing is clipped by it.
+    # With sharded state, the norm is summed in a different order, so its clipping would change bits.
     max_norm = None if shared else 0.5
     parameters, state = stepped(None, False, max_norm, dtype)
     for found, own_state in on_ranks(size, lambda comm: stepped(comm, shared, max_norm, dtype)):
@@ -162,7 +162,7 @@ def test_updates_do_not_depend_on_the_number_of_threads(monkeypatch, count):
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_each_rank_orthogonalizes_its_share_only(monkeypatch):
+def test_each_rank_orthogonalizes_only_its_share(monkeypatch):
     kernels, counts = get_backend("cpu").kernels, []
     orthogonalize = kernels.orthogonalize
     monkeypatch.setattr(kernels, "orthogonalize", lambda *x: counts.append(len(x)) or orthogonalize(*x))
@@ -170,7 +170,7 @@ def test_each_rank_orthogonalizes_its_share_only(monkeypatch):
     assert sorted(counts) == [2, 3]
 
 
-def test_a_sharded_run_resumes_to_the_same_bits_on_another_number_of_ranks():
+def test_a_sharded_run_resumes_bit_identically_on_another_number_of_ranks():
     expected, state = stepped(None, False, steps=4)
     begun, saved = stepped(None, False, steps=2)
 
@@ -216,12 +216,12 @@ def test_the_momentum_moves_to_a_gpu_with_the_model():
         ({"up": 0}, r"^Muon: up cannot be divided into 0 blocks; expected a divisor of its number of columns, 20$"),
     ],
 )
-def test_matrices_that_the_model_does_not_have_are_rejected(matrices, message):
+def test_invalid_matrices_are_rejected(matrices, message):
     with pytest.raises(ValueError, match=message):
         optim.Muon(Model(), matrices)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("momentum", 1.0), ("betas", (1.0, 0.9)), ("eps", 0.0)])
-def test_options_out_of_range(name, value):
+def test_options_out_of_range_are_rejected(name, value):
     with pytest.raises(ValueError, match=f"^Muon: {name} is .* out of range$"):
         optim.Muon(Model(), MATRICES, **{name: value})

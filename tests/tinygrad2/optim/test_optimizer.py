@@ -1,4 +1,4 @@
-"""tinygrad2/optim/optimizer.py: what every optimizer does around its rule."""
+"""tinygrad2/optim/optimizer.py: what all optimizers have in common."""
 
 import math
 from functools import partial
@@ -42,12 +42,12 @@ def gradients(model, scale=1.0):
 
 
 def distance(array, expected):
-    """The norm of the difference, relative to that of the expected array."""
+    """The norm of the difference, relative to the norm of the expected array."""
     return np.linalg.norm(array - expected) / np.linalg.norm(expected)
 
 
 @every_optimizer
-def test_float32_stays_float32(make, names):
+def test_float32_parameters_have_float32_gradients_and_state(make, names):
     model = Model("float32")
     optimizer = make(model)
     gradients(model, 1e3)
@@ -60,7 +60,7 @@ def test_float32_stays_float32(make, names):
 @every_optimizer
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_a_step_keeps_the_copies_and_does_not_wait(make, names, device, max_norm):
+def test_a_step_updates_bfloat16_copies_and_does_not_synchronize(make, names, device, max_norm):
     plain = Model("float32")
     with strict_cupy.registered() as counters:
         model = with_copies(Model("float32").to(device))
@@ -80,9 +80,9 @@ def test_a_step_keeps_the_copies_and_does_not_wait(make, names, device, max_norm
 
 
 @every_optimizer
-@pytest.mark.parametrize("device", ["cpu", "cuda"])  # (on the stand-in reference.py computes)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # on the stand-in, reference.py computes
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(make, names, device, bad):
+def test_a_nonfinite_gradient_changes_nothing(make, names, device, bad):
     with strict_cupy.registered():
         skips_a_step(Model().to(device), make, bad)
 
@@ -101,7 +101,7 @@ def skips_a_step(model, make, bad):
         np.testing.assert_array_equal(value, before[1][name])
 
 
-def test_zero_grad():
+def test_zero_grad_clears_all_gradients():
     model = Model()
     optimizer = optim.AdamW(model)
     gradients(model)
@@ -134,7 +134,7 @@ def test_state_can_be_saved_and_loaded(make, names):
         np.testing.assert_array_equal(p.data, q.data)
 
 
-def test_a_state_that_does_not_fit_is_rejected():
+def test_an_incompatible_state_is_rejected():
     optimizer = optim.AdamW(Model())
     state = dict(optimizer.state())
     with pytest.raises(ValueError, match=r"^optimizer state: exp_avg\.b is missing$"):

@@ -17,7 +17,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_sgd_follows_the_textbook(options, max_norm):
+def test_sgd_equals_the_published_algorithm(options, max_norm):
     model = Model()
     optimizer = optim.SGD(model, lr=0.01, **options)
     theta = [p.data.copy() for p in model.parameters()]
@@ -41,7 +41,7 @@ def test_sgd_follows_the_textbook(options, max_norm):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 @pytest.mark.parametrize("options", OPTIONS)
-def test_sgd_equals_pytorchs(options):
+def test_sgd_equals_pytorch(options):
     torch = pytest.importorskip("torch")
     model = Model()
     theirs = [torch.from_numpy(p.data.copy()).requires_grad_() for p in model.parameters()]
@@ -60,11 +60,11 @@ def test_sgd_equals_pytorchs(options):
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("momentum", 1.0), ("momentum", -0.1), ("weight_decay", -1)])
-def test_options_out_of_range(name, value):
+def test_options_out_of_range_are_rejected(name, value):
     with pytest.raises(ValueError, match=f"^SGD: {name} is .* out of range$"):
         optim.SGD(Model(), **{name: value})
 
 
-def test_nesterov_needs_momentum():
+def test_nesterov_requires_momentum():
     with pytest.raises(ValueError, match=r"^SGD: nesterov needs a momentum above 0$"):
         optim.SGD(Model(), momentum=0.0, nesterov=True)
