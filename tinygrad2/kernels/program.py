@@ -39,19 +39,19 @@ def _layernorm_task(add: bool) -> pool.CompiledTask:
 
 @functools.cache
 def _linear_task() -> pool.CompiledTask:
-    """Compile the task y = x w + bias, for columns start ... stop - 1 of y. Its arguments are those of gemv.py's task,
-    then the address of that task, then the address of the bias, or 0 for None."""
+    """Compile the task y = x w + bias, for columns start ... stop - 1 of y. Its arguments are those of gemv.py's tasks,
+    then the address of the last of these tasks, then the address of the bias, or 0 for None."""
 
     def task(arguments: int, start: int, stop: int) -> None:
-        a = carray(pool.pointer(arguments, np.int64(0)), (8,))
-        rows, N = a[3], a[5]
+        a = carray(pool.pointer(arguments, np.int64(0)), (9,))
+        rows, N = a[4], a[6]
         y = carray(pool.pointer(a[2], FLOAT), (rows, N))
         for i in range(rows):
-            if a[7]:
-                y[i, start:stop] = carray(pool.pointer(a[7], FLOAT), (N,))[start:stop]
+            if a[8]:
+                y[i, start:stop] = carray(pool.pointer(a[8], FLOAT), (N,))[start:stop]
             else:
                 y[i, start:stop] = FLOAT
-        pool.call(a[6], arguments, start, stop)
+        pool.call(a[7], arguments, start, stop)
 
     return pool.task(task)
 
@@ -82,6 +82,7 @@ class Program:
         self._steps: list[tuple[int, list[tuple[int, int]]]] = []  # the address of each task, and its parts
         self._arguments: list[np.ndarray] = []
         self._kept: list[Any] = []  # references that keep the arrays alive
+        self._sums: dict[tuple[int, ...], np.ndarray] = {}  # by the sizes of the product
         self._at_position: list[np.ndarray] = []  # arguments that contain the position
         self._table: np.ndarray | None = None
 
@@ -100,8 +101,12 @@ class Program:
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, y: np.ndarray) -> None:
         """y = x weight + bias."""
-        after = gemv.task_for(weight).address, 0 if bias is None else blas.address(bias)
-        self._add(_linear_task(), (x, weight, y), (len(x), *weight.shape, *after), gemv.ranges(weight))
+        sums = self._sums.setdefault((len(x), *weight.shape), gemv.new_sums(x, weight))
+        arrays, sizes = (x, weight, y, sums), (len(x), *weight.shape)
+        *before, (last, columns) = gemv.tasks(x, weight)
+        for task, ranges in before:
+            self._add(task, arrays, sizes, ranges)
+        self._add(_linear_task(), arrays, (*sizes, last.address, 0 if bias is None else blas.address(bias)), columns)
         self._kept.append(bias)
 
     def gelu(self, x: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
