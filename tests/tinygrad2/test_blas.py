@@ -81,7 +81,7 @@ def test_mkl_that_is_not_installed_is_not_considered(monkeypatch):
 @pytest.fixture
 def two(monkeypatch, tmp_path):
     """two(numpy, mkl): rates in GFLOP/s that a measurement will find. Counts measurements and loads of MKL."""
-    mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9", sequential=True)
+    mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9")
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYGRAD2_BLAS", raising=False)
     monkeypatch.setattr(blas, "_chosen", None)
