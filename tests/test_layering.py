@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # stands for all modules in it, which may import each other without cycles.
 ENGINE = (
     ("missing_names",),
-    ("array", "files", "gpus", "machine", "precision", "tracer"),
+    ("array", "files", "forks", "gpus", "machine", "precision", "tracer"),
     ("random", "autograd", "checkpoint", "threads", "memory"),
     ("blas",),
     ("reference",),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinygrad2 import gpus, machine, memory, reference
+from tinygrad2 import forks, gpus, machine, memory
 from tinygrad2.array import Array
 from tinygrad2.files import write_error
 from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_take
@@ -494,7 +494,9 @@ def _cpu_overrides() -> ModuleType | None:
     return cpu
 
 
-_backends: dict[str, Backend] = {"cpu": Backend("cpu", numpy, kernel_table(reference, _cpu_overrides()))}
+_backends: dict[str, Backend] = {
+    "cpu": Backend("cpu", numpy, kernel_table(instantiate_reference(forks.guarded_numpy), _cpu_overrides()))
+}
 _by_type: dict[type, Backend] = {numpy.ndarray: _backends["cpu"]}
 _gpu = 0  # the number of this process's GPU; see choose_gpu
 

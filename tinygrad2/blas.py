@@ -45,7 +45,6 @@ class Library:
     title       name and version, such as "OpenBLAS 0.3.31 (SkylakeX)".
     functions   cblas_?gemm by dtype; empty if the library has no C interface.
     wide        whether the functions take 64-bit integers.
-    sequential  whether the library always computes on the calling thread, regardless of threads.py.
     calls       (address of the function, wide) by dtype, for compiled code.
     """
 
@@ -53,7 +52,6 @@ class Library:
     title: str
     functions: dict[str, Gemm]
     wide: bool
-    sequential: bool = False
     calls: dict[np.dtype, tuple[int, bool]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ def _mkl() -> Library | None:
         library.MKL_Set_Threading_Layer(1)  # MKL_THREADING_SEQUENTIAL
     except (metadata.PackageNotFoundError, StopIteration, OSError):
         return None
-    return Library("mkl", f"MKL {metadata.version('mkl')}", *_functions_of(library), sequential=True)
+    return Library("mkl", f"MKL {metadata.version('mkl')}", *_functions_of(library))
 
 
 def _functions_of(library: ctypes.CDLL) -> tuple[dict[str, Gemm], bool]:
@@ -113,6 +111,16 @@ REPEATS = 5
 
 _chosen: Library | None = None
 _lock = threading.RLock()
+
+
+def _reset_after_fork() -> None:
+    """In a forked process no other thread is choosing."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 def chosen() -> Library:

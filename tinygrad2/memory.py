@@ -13,6 +13,8 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
+from tinygrad2 import forks
+
 SMALL = 1 << 16  # bytes; for smaller arrays, NumPy's allocator is as fast
 GRANULE = 1 << 16  # bytes; sizes are rounded up to a multiple of this, so that arrays of similar size can share blocks
 FITS = 1.01  # a free block is also used if it is larger than needed by at most this factor
@@ -87,6 +89,7 @@ class _BlockOwner:
 
 
 memory_pool = MemoryPool()
+forks.locks.append(memory_pool._lock)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

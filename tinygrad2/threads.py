@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
+import ctypes
+import itertools
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import Any, NamedTuple
 
 from threadpoolctl import ThreadpoolController
 
-from tinygrad2 import machine
+from tinygrad2 import forks, machine
 
 
-class BlasLibrary(Protocol):
-    """A loaded BLAS library, as controlled by threadpoolctl."""
+class BlasLibrary(NamedTuple):
+    """How to read and change the number of threads of a loaded BLAS library."""
 
-    def get_num_threads(self) -> int: ...
-    def set_num_threads(self, num_threads: int) -> None: ...
+    get_num_threads: Callable[[], int]
+    set_num_threads: Callable[[int], None]
 
 
 MAX_COUNT = 1024
 _count = machine.usable_threads()
-_lock = threading.Lock()
 # An interrupt can arrive at any time. So BLAS's old setting is recorded before it is changed, and kept until it has
 # been restored.
 _before: list[
     tuple[BlasLibrary, int]
 ] = []  # the libraries and their thread counts, while BLAS is limited to one thread
-_users: weakref.WeakSet[blas_on_one_thread] = weakref.WeakSet()
 
 
 def count() -> int:
@@ -40,8 +39,8 @@ def set_count(n: int) -> None:
     global _count
     if not 1 <= n <= MAX_COUNT:
         raise ValueError(f"threads: the number of threads is {n:,}; expected 1 to {MAX_COUNT:,}")
-    with _lock:
-        if not _users:
+    with forks.lock:
+        if not blas_on_one_thread.open:
             _restore()
         _count = n
         for library in _blas():
@@ -54,23 +53,23 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
     return [(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces)]
 
 
-class blas_on_one_thread:  # noqa: N801 - used as a function
-    """A context manager in which BLAS uses only the calling thread. The last active one restores the old setting."""
+class blas_on_one_thread(forks.computing):  # noqa: N801 - used as a function
+    """A context manager in which BLAS uses only the calling thread, and no other thread forks. The last active one
+    restores the old setting."""
 
     def __enter__(self) -> None:
         global _before
-        with _lock:
-            if not _users:
-                _restore()
+        with forks.lock:
+            super().__enter__()
+            if not _before:
                 _before = [(library, library.get_num_threads()) for library in _blas()]
                 for library, _ in _before:
                     library.set_num_threads(1)
-            _users.add(self)
 
     def __exit__(self, *_: object) -> None:
-        with _lock:
-            _users.discard(self)
-            if not _users:
+        with forks.lock:
+            super().__exit__()
+            if not self.open:
                 _restore()
 
 
@@ -85,4 +84,20 @@ def _restore() -> None:
 @cache
 def _blas() -> list[BlasLibrary]:
     """The loaded BLAS libraries."""
-    return ThreadpoolController().select(user_api="blas").lib_controllers
+    return [_openblas(found) for found in ThreadpoolController().select(user_api="blas").lib_controllers]
+
+
+def _openblas(found: Any) -> BlasLibrary:
+    """The functions of a library that threadpoolctl has found; those of OpenBLAS itself if it has threads of its own.
+
+    Since version 3.8 threadpoolctl ignores changes of OpenBLAS's number of threads by all Python threads but one. A
+    second thread that trains would then use OpenBLAS's threads, which compete with the pool's: 10 to 50 times slower.
+    PyDLL keeps the GIL during these calls, which take nanoseconds.
+    """
+    if found.internal_api == "openblas" and found.threading_layer != "openmp":
+        library = ctypes.PyDLL(found.filepath)
+        for prefix, suffix in itertools.product(("", "scipy_"), ("", "64_", "_64")):
+            name = f"{prefix}openblas_{{}}_num_threads{suffix}"
+            if hasattr(library, name.format("get")) and hasattr(library, name.format("set")):
+                return BlasLibrary(library[name.format("get")], library[name.format("set")])
+    return BlasLibrary(found.get_num_threads, found.set_num_threads)

@@ -81,7 +81,7 @@ def test_mkl_is_not_considered_if_it_is_not_installed(monkeypatch):
 @pytest.fixture
 def two(monkeypatch, tmp_path):
     """two(numpy, mkl) sets the measured rates in GFLOP/s. Returns the numbers of measurements and of loads of MKL."""
-    mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9", sequential=True)
+    mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9")
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYGRAD2_BLAS", raising=False)
     monkeypatch.setattr(blas, "_chosen", None)

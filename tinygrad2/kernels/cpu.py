@@ -31,7 +31,7 @@ from numba.core.typing import Context, Signature
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import from_dtype
 
-from tinygrad2 import blas, memory, random, reference, threads
+from tinygrad2 import blas, forks, memory, random, reference, threads
 from tinygrad2.array import Array
 from tinygrad2.kernels import cached_attention, gemv, onednn, pool
 from tinygrad2.kernels.bfloat16 import as_float32, bits, cast, convert, narrow, wide
@@ -40,11 +40,11 @@ from tinygrad2.precision import sum_dtype
 from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
-def _compiled(function: F) -> F:
+def _compiled(function: F, nogil: bool = True) -> F:
     """Compile on the first call with each combination of argument types. The result is cached on disk if possible."""
     # The compiler may reorder sums to vectorize them, but may not assume that there are no NaNs or infinities.
     options: dict[str, Any] = {
-        "nogil": True,
+        "nogil": nogil,
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
         "error_model": "numpy",
     }
@@ -319,11 +319,16 @@ def _small_product(address, wide, a, b, out, add):
     return True
 
 
+@functools.partial(_compiled, nogil=False)
+def _small_product_with_gil(address, wide, a, b, out, add):
+    """_small_product, keeping the GIL for its few microseconds, so that no other thread forks."""
+    return _small_product(address, wide, a, b, out, add)
+
+
 @functools.cache
-def _compiled_small_product() -> Callable[..., bool]:
-    """_small_product, compiled once per dtype, for arrays of any memory layout. Otherwise Numba would compile it for
-    each combination of layouts."""
-    dispatcher: Any = _small_product
+def _compiled_for_any_layout(dispatcher: Any) -> Callable[..., bool]:
+    """One of the two functions above, compiled once per dtype, for arrays of any memory layout. Otherwise Numba would
+    compile it for each combination of layouts."""
     for dtype in blas.chosen().calls:
         read, written = (types.Array(from_dtype(dtype), 2, "A", readonly=readonly) for readonly in (True, False))
         dispatcher.compile((types.int64, types.boolean, read, read, written, types.boolean))
@@ -342,17 +347,17 @@ def _matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False) ->
     grain = max(16, GEMM_FLOPS // (2 * k * min(m, n) + 1))
     in_one_part = max(m, n) < 2 * grain or threads.count() == 1
     if in_one_part and gemm and m and n and k and a.flags.aligned and b.flags.aligned:
-        product = _compiled_small_product()
-        if library.sequential or m * n * k <= SMALL_PRODUCT:
-            done = product(*gemm, a, b, out, add)
+        if m * n * k <= SMALL_PRODUCT:
+            done = _compiled_for_any_layout(_small_product_with_gil)(*gemm, a, b, out, add)
         else:
             with threads.blas_on_one_thread():
-                done = product(*gemm, a, b, out, add)
+                done = _compiled_for_any_layout(_small_product)(*gemm, a, b, out, add)
         if done:
             return
     left, right, result = blas.layout(a), blas.layout(b), blas.layout(out)
     if gemm is None or left is None or right is None or result is None or result[0] != blas.PLAIN or not k:
-        blas.gemm(a, b, out, add)
+        with forks.computing():
+            blas.gemm(a, b, out, add)
         return
     if not _product_tasks:
         _product_tasks.append(_product_task())

@@ -25,10 +25,11 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.core.base import BaseContext
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing import Context, Signature
 from numba.extending import intrinsic
 
-from tinygrad2 import threads
+from tinygrad2 import forks, threads
 
 # The layout of a worker's slot in shared memory, in 64-bit words. The caller writes the first five words; the worker
 # writes two words on another cache line. Incrementing TICKET posts a task; the task has finished when DONE == TICKET.
@@ -244,7 +245,7 @@ class _Worker:
         self.thread.start()
 
     def _work(self) -> None:
-        _state.inside = True
+        forks.worker.inside = True
         ticket = 0
         while True:
             ticket = _run_tasks(self.slot.ctypes.data, ticket, _spins())
@@ -265,8 +266,8 @@ class _Worker:
             self.wake.release()
 
 
-_state = threading.local()  # `inside` is True on worker threads
 _busy = threading.Lock()  # workers compute for one caller at a time; other callers compute on their own threads
+_caller = 0  # the thread that last had the workers
 _slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
@@ -277,7 +278,8 @@ def _get_workers(count: int) -> list[_Worker]:
     If a caller was interrupted after posting a task and before waiting for it, the task may still be running. This
     function waits for it: a task posted to a busy worker would be lost, and its caller would wait forever.
     """
-    global _slots, _workers
+    global _slots, _workers, _caller
+    _caller = threading.get_ident()
     _wait_for(_workers)
     if count > len(_workers):
         _stop_workers()
@@ -307,14 +309,28 @@ def _close() -> None:
         _stop_workers()
 
 
+def _computing_here() -> bool:
+    """Whether the workers compute for this thread, which then is in a signal handler."""
+    return _busy.locked() and _caller == threading.get_ident()
+
+
+def _before_fork() -> None:
+    """Let the workers finish, so that the forked process has their results too."""
+    if _computing_here():
+        _wait_for(_workers)
+
+
 def _reset_after_fork() -> None:
     """Reset the state in a forked process, where the threads do not exist."""
     global _busy, _workers
-    _busy, _workers = threading.Lock(), []
+    _workers = []
+    if not _computing_here():
+        _busy = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_reset_after_fork)
+forks.locks.append(global_compiler_lock)
 
 
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
@@ -323,7 +339,7 @@ def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> Non
     A nested call runs all ranges on its own thread. If parts raise errors, the first error is re-raised after all
     parts have finished.
     """
-    if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
+    if len(ranges) == 1 or hasattr(forks.worker, "inside") or not _busy.acquire(blocking=False):
         for start, stop in ranges:
             task(start, stop)
         return
@@ -356,7 +372,7 @@ def clear(array: np.ndarray) -> None:
 def each_compiled(function: CompiledTask, arguments: np.ndarray, ranges: list[tuple[int, int]]) -> None:
     """Like `each`, for a compiled function(arguments, start, stop); `arguments` is an array of 64-bit words."""
     address = arguments.ctypes.data
-    if len(ranges) == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
+    if len(ranges) == 1 or hasattr(forks.worker, "inside") or not _busy.acquire(blocking=False):
         for start, stop in ranges:
             function.ctypes(address, start, stop)
         return
@@ -389,7 +405,7 @@ def run_table(table: np.ndarray) -> None:
     """Run the tasks of a table one after another, each like `each_compiled`, without Python code in between."""
     place, width, count, spins = table.ctypes.data, table.shape[1], len(table), _spins()
     parts = int(table[:, 2].max())
-    if parts == 1 or getattr(_state, "inside", False) or not _busy.acquire(blocking=False):
+    if parts == 1 or hasattr(forks.worker, "inside") or not _busy.acquire(blocking=False):
         _run_steps(place, width, 0, count, _slots.ctypes.data, False, spins)
         return
     try:
@@ -412,9 +428,17 @@ def _wait_for(workers: list[_Worker]) -> None:
     """Wait until all workers have finished. Only then re-raise an interrupt: workers write to the caller's memory."""
     try:
         while not _wait(_slots.ctypes.data, len(workers), _spins()):
+            if _lost(workers):
+                raise RuntimeError("pool: a signal handler forked during a computation, which the new process lost")
             for worker in workers:
                 worker.wake_up()
             time.sleep(0)  # yields the core if there are more threads than cores
     except BaseException:
-        _wait_for(workers)
+        if not _lost(workers):
+            _wait_for(workers)
         raise
+
+
+def _lost(workers: list[_Worker]) -> bool:
+    """Whether these workers are threads of the process from which this one was forked."""
+    return not all(worker.thread.is_alive() for worker in workers)
