@@ -723,6 +723,24 @@ ATTENTION_FLOPS = 1 << 24  # minimum FLOPs of q k^T per thread; chosen by timing
 
 
 @_compiled
+def _attention_row(
+    row: np.ndarray, seen: int, has_dropout: bool, element: np.uint64, philox_key: PhiloxKey, keep: np.floating
+) -> float:
+    """Replace the first `seen` scores by their softmax, with dropout; returns log(sum(exp(scores)))."""
+    largest = _largest(row, seen)
+    total = row.dtype.type(0)
+    for j in range(seen):
+        row[j] = _exp(row[j] - largest)
+        total += row[j]
+    factor = row.dtype.type(1) / total
+    for j in range(seen):
+        row[j] *= factor
+    if has_dropout:
+        _dropout(row[:seen], row[:seen], element, *philox_key, keep)
+    return largest + np.log(total)
+
+
+@_compiled
 def _attention(
     library: Library, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray, p: np.ndarray,
     first_head: int, last_head: int, scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int,
@@ -749,20 +767,10 @@ def _attention(
             _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, scale, queries, ldq, keys, ldk, zero, scores, ld)
             for i in range(rows):
                 row, seen = p[i], before + start + i + 1
-                largest = _largest(row, seen)
-                total = zero
-                for j in range(seen):
-                    row[j] = _exp(row[j] - largest)
-                    total += row[j]
-                factor = one / total
-                for j in range(seen):
-                    row[j] *= factor
+                element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                lse[b, h, start + i] = _attention_row(row, seen, has_dropout, element, philox_key, keep)
                 for j in range(seen, stop):
                     row[j] = zero
-                lse[b, h, start + i] = largest + np.log(total)
-                if has_dropout:
-                    element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
-                    _dropout(row[:seen], row[:seen], element, *philox_key, keep)
             _gemm(library, _PLAIN, _PLAIN, rows, D, stop, one, scores, ld, values, ldv, zero, results, ldo)
 
 
@@ -777,20 +785,47 @@ def _exp_in_place(row: np.ndarray, n: int) -> float:
 
 
 @_compiled
+def _attention_row_backward(
+    row: np.ndarray, drow: np.ndarray, weights: np.ndarray, seen: int, lse: np.floating, delta: np.floating,
+    has_dropout: bool, element: np.uint64, philox_key: PhiloxKey, keep: np.floating,
+) -> None:  # fmt: skip
+    """Replace the first `seen` scores in `row` by P, and dP in `drow` by dS = P (dP - delta). With dropout, `row`
+    becomes P M, and dP is multiplied by M first. `weights` is a buffer for P.
+
+    P = exp(S - lse), as long as its rows sum to 1. At scores of about 100 and more they do not, since lse is rounded;
+    then P is computed as in the forward pass."""
+    one = row.dtype.type(1)
+    tolerance = row.dtype.type(3.8e-6 if row.itemsize == 4 else 7.1e-15)  # 32 units in the last place of 1
+    for j in range(seen):
+        weights[j] = row[j] - lse
+    total = _exp_in_place(weights, seen)
+    if not abs(total - one) <= tolerance:  # lse is large, and so is its rounding error
+        largest = _largest(row, seen)
+        for j in range(seen):
+            weights[j] = row[j] - largest
+        factor = one / _exp_in_place(weights, seen)
+        for j in range(seen):
+            weights[j] *= factor
+    for j in range(seen):
+        row[j] = weights[j]
+    if has_dropout:
+        _dropout(row[:seen], row[:seen], element, *philox_key, keep)
+        _dropout(drow[:seen], drow[:seen], element, *philox_key, keep)
+    for j in range(seen):
+        drow[j] = weights[j] * (drow[j] - delta)
+
+
+@_compiled
 def _attention_backward(
     library: Library, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray,
     dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, p: np.ndarray, dp: np.ndarray, first_head: int, last_head: int,
     scale: np.floating, has_dropout: bool, philox_key: PhiloxKey, first_sample: int, keep: np.floating,
 ) -> None:  # fmt: skip
     """Compute the gradients in blocks of rows, from the last to the first. The last block attends to every key, so it
-    writes dk and dv; the other blocks add to them. With dropout, p contains P M and dp contains dP M.
-
-    P = exp(S - lse) if its rows sum to 1. For scores above about 100 they do not, since lse is rounded; then P is
-    computed as in the forward pass."""
+    writes dk and dv; the other blocks add to them."""
     H, T, D = q.shape[1:]
     R, ld = p.shape
     size, zero, one = q.itemsize, q.dtype.type(0), q.dtype.type(1)
-    tolerance = q.dtype.type(3.8e-6 if size == 4 else 7.1e-15)  # 32 units in the last place of 1
     ldq, lddo, lddq = q.strides[2] // size, do.strides[2] // size, dq.strides[2] // size
     weights = np.empty(ld, dtype=q.dtype)
     s, ds = p.ctypes.data, dp.ctypes.data
@@ -807,27 +842,14 @@ def _attention_backward(
             _gemm(library, _PLAIN, _TRANSPOSED, rows, stop, D, one, results, lddo, values, ldq, zero, ds, ld)
             for i in range(rows):
                 row, drow, seen = p[i], dp[i], start + i + 1
-                shift, delta = lse[b, h, start + i], zero
+                delta = zero
                 for j in range(D):
                     delta += do[b, h, start + i, j] * o[b, h, start + i, j]
-                for j in range(seen):
-                    weights[j] = row[j] - shift
-                total = _exp_in_place(weights, seen)
-                if not abs(total - one) <= tolerance:  # lse is large, and so is its rounding error
-                    largest = _largest(row, seen)
-                    for j in range(seen):
-                        weights[j] = row[j] - largest
-                    factor = one / _exp_in_place(weights, seen)
-                    for j in range(seen):
-                        weights[j] *= factor
-                for j in range(seen):
-                    row[j] = weights[j]
-                if has_dropout:
-                    element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
-                    _dropout(row[:seen], row[:seen], element, *philox_key, keep)
-                    _dropout(drow[:seen], drow[:seen], element, *philox_key, keep)
-                for j in range(seen):
-                    drow[j] = weights[j] * (drow[j] - delta)
+                element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                shift = lse[b, h, start + i]
+                _attention_row_backward(
+                    row, drow, weights, seen, shift, delta, has_dropout, element, philox_key, keep
+                )  # fmt: skip
                 for j in range(seen, stop):
                     row[j] = zero
                     drow[j] = zero
@@ -838,11 +860,127 @@ def _attention_backward(
             _gemm(library, _PLAIN, _PLAIN, rows, D, stop, scale, ds, ld, keys, ldq, zero, queries_gradient, lddq)
 
 
+BF16_BLOCK = 128  # rows of a block of scores, and the keys are rounded up to a multiple of it
+
+
+@_compiled
+def _row(x: np.ndarray, i: int) -> np.ndarray:
+    """Row i of a matrix, as an array that the compiler knows to be contiguous."""
+    return carray(pool.pointer(x[i].ctypes.data, x.dtype.type(0)), (x.shape[1],))
+
+
 @_compiled
 def _convert_matrix(x: np.ndarray, y: np.ndarray) -> None:
+    """y = x; rows of y that x does not have become zero."""
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            y[i, j] = narrow(wide(x[i, j]), y)
+        source, destination = _row(x, i), _row(y, i)
+        for j in range(len(source)):
+            destination[j] = narrow(wide(source[j]), destination)
+    y[len(x) :] = 0
+
+
+@_compiled
+def _attention_onednn(
+    plans: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray, heads: np.ndarray,
+    p: np.ndarray, narrowed: np.ndarray, first_head: int, last_head: int, scale: np.floating, has_dropout: bool,
+    philox_key: PhiloxKey, first_sample: int, keep: np.floating,
+) -> np.int32:  # fmt: skip
+    """_attention for bfloat16, with products by oneDNN: of blocks of R rows and a multiple of R keys, so that a few
+    plans suffice for texts of every length. Heads are copied to `heads` (3, keys, D), with zeros after the last key.
+
+    plans     addresses, of plans (2, keys / R) for the products q k^T and p v.
+    p         a float32 buffer of R rows of keys, and `narrowed` the same in bfloat16.
+    """
+    H, T, D = q.shape[1:]
+    before, R = k.shape[2] - T, BF16_BLOCK
+    result, status = np.empty((R, D), dtype=np.float32), np.int32(0)
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        _convert_matrix(q[b, h], heads[0])
+        _convert_matrix(k[b, h], heads[1])
+        _convert_matrix(v[b, h], heads[2])
+        for start in range(0, T, R):
+            rows = min(R, T - start)
+            blocks = (before + start + rows + R - 1) // R
+            keys = blocks * R
+            scores, weights = p[: R * keys].reshape(R, keys), narrowed[: R * keys].reshape(R, keys)
+            status |= onednn.execute(
+                plans[0, blocks - 1], heads[0, start:].ctypes.data, heads[1].ctypes.data, p.ctypes.data
+            )
+            for i in range(rows):
+                row, weight, seen = scores[i], weights[i], before + start + i + 1
+                for j in range(seen):
+                    row[j] *= scale
+                element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                lse[b, h, start + i] = _attention_row(row, seen, has_dropout, element, philox_key, keep)
+                for j in range(seen):
+                    weight[j] = narrow(row[j], weight)
+                weight[seen:] = 0
+            weights[rows:] = 0
+            status |= onednn.execute(
+                plans[1, blocks - 1], narrowed.ctypes.data, heads[2].ctypes.data, result.ctypes.data
+            )
+            _convert_matrix(result[:rows], o[b, h, start : start + rows])
+    return status
+
+
+@_compiled
+def _attention_backward_onednn(
+    plans: np.ndarray, do: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, lse: np.ndarray,
+    dq: np.ndarray, dk: np.ndarray, dv: np.ndarray, heads: np.ndarray, sums: np.ndarray, p: np.ndarray, dp: np.ndarray,
+    narrowed: np.ndarray, first_head: int, last_head: int, scale: np.floating, has_dropout: bool,
+    philox_key: PhiloxKey, first_sample: int, keep: np.floating,
+) -> np.int32:  # fmt: skip
+    """_attention_backward for bfloat16, with products by oneDNN, as in _attention_onednn.
+
+    plans     addresses, of plans (3, keys / R) for the products q k^T, p v, and p^T do, which is added.
+    heads     do, q, k and v (4, keys, D);  sums  the gradients of k and v in float32 (2, keys, D).
+    p, dp     float32 buffers of R rows of keys, and `narrowed` (2, ...) the same in bfloat16.
+    """
+    H, T, D = q.shape[1:]
+    R = BF16_BLOCK
+    buffer, result = np.empty(heads.shape[1], dtype=np.float32), np.empty((R, D), dtype=np.float32)
+    status = np.int32(0)
+    dos, queries, keys_, values = heads[0], heads[1], heads[2], heads[3]
+    for head in range(first_head, last_head):
+        b, h = head // H, head % H
+        _convert_matrix(do[b, h], dos)
+        _convert_matrix(q[b, h], queries)
+        _convert_matrix(k[b, h], keys_)
+        _convert_matrix(v[b, h], values)
+        sums[:] = 0
+        for start in range(0, T, R):
+            rows, blocks = min(R, T - start), start // R + 1
+            n, at = blocks * R, blocks - 1
+            block_q, block_do = queries[start:].ctypes.data, dos[start:].ctypes.data
+            scores, dscores = p[: R * n].reshape(R, n), dp[: R * n].reshape(R, n)
+            weights, dweights = narrowed[0, : R * n].reshape(R, n), narrowed[1, : R * n].reshape(R, n)
+            status |= onednn.execute(plans[0, at], block_q, keys_.ctypes.data, p.ctypes.data)
+            status |= onednn.execute(plans[0, at], block_do, values.ctypes.data, dp.ctypes.data)
+            for i in range(rows):
+                row, drow, weight, dweight, seen = scores[i], dscores[i], weights[i], dweights[i], start + i + 1
+                results, gradients, delta = _row(o[b, h], start + i), dos[start + i], scale - scale
+                for j in range(D):
+                    delta += wide(gradients[j]) * wide(results[j])
+                for j in range(seen):
+                    row[j] *= scale
+                element = np.uint64((((first_sample + b) * H + h) * T + start + i) * T)
+                shift = lse[b, h, start + i]
+                _attention_row_backward(row, drow, buffer, seen, shift, delta, has_dropout, element, philox_key, keep)
+                for j in range(seen):
+                    weight[j] = narrow(row[j], weight)
+                    dweight[j] = narrow(drow[j] * scale, dweight)
+                weight[seen:] = 0
+                dweight[seen:] = 0
+            weights[rows:] = 0
+            dweights[rows:] = 0
+            status |= onednn.execute(plans[2, at], narrowed[0].ctypes.data, block_do, sums[1].ctypes.data)
+            status |= onednn.execute(plans[2, at], narrowed[1].ctypes.data, block_q, sums[0].ctypes.data)
+            status |= onednn.execute(plans[1, at], narrowed[1].ctypes.data, keys_.ctypes.data, result.ctypes.data)
+            _convert_matrix(result[:rows], dq[b, h, start : start + rows])
+        _convert_matrix(sums[0, :T], dk[b, h])
+        _convert_matrix(sums[1, :T], dv[b, h])
+    return status
 
 
 @_compiled
@@ -890,6 +1028,15 @@ def _attention_backward_bfloat16(
         _convert_matrix(heads[7, 0, 0], dv[b, h])
 
 
+def _attention_plans(keys: int, D: int) -> onednn.Plans:
+    """Plans (3, keys / R) for the products q k^T, p v and p^T do of blocks."""
+    R, sizes = BF16_BLOCK, range(BF16_BLOCK, keys + 1, BF16_BLOCK)
+    products = [onednn.Product((R, n, D), ((D, 1), (1, D), (n, 1))) for n in sizes]
+    products += [onednn.Product((R, D, n), ((n, 1), (D, 1), (D, 1))) for n in sizes]
+    products += [onednn.Product((n, D, R), ((1, n), (D, 1), (D, 1)), add=True) for n in sizes]
+    return onednn.Plans(products)
+
+
 def _each_head(task: Callable[..., None], q: np.ndarray, keys: int, blocks: int) -> None:
     """Call task(first head, last head, *score blocks) on the threads. A block has shape (rows of queries, keys)."""
     B, H, T, D = q.shape
@@ -924,12 +1071,25 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple
     library, scale = blas.chosen().calls[number], number.type(1 / math.sqrt(D))
 
     kernel: Any = _attention_bfloat16 if q.dtype == bfloat16 else _attention
+    run: Any = _attention_onednn
 
     def heads(start: int, stop: int, p: np.ndarray) -> None:
         buffers = [memory.empty((3, 1, 1, k.shape[2], D), number)] * (q.dtype == bfloat16)
         kernel(library, *map(bits, (q, k, v, o)), lse, p, *buffers, start, stop, scale, *dropout)
 
-    _each_head(heads, q, k.shape[2], blocks=1)
+    def heads_by_onednn(start: int, stop: int) -> None:
+        keys = -(-k.shape[2] // BF16_BLOCK) * BF16_BLOCK
+        plans = _attention_plans(keys, D)
+        copies, p = memory.empty((3, keys, D), np.uint16), memory.empty((BF16_BLOCK * keys,), number)
+        arrays = [bits(array) for array in (q, k, v, o)]
+        buffers = (copies, p, memory.empty(p.shape, np.uint16))
+        addresses = plans.addresses.reshape(3, -1)
+        onednn.check(run(addresses, *arrays, lse, *buffers, start, stop, scale, *dropout))
+
+    if q.dtype == bfloat16 and onednn.library() is not None:
+        _each_head(heads_by_onednn, q, k.shape[2], blocks=0)
+    else:
+        _each_head(heads, q, k.shape[2], blocks=1)
     return out, lse
 
 
@@ -958,13 +1118,28 @@ def attention_backward(
     dropout = _dropout_arguments(qkv.dtype, rate, key)
 
     kernel: Any = _attention_backward_bfloat16 if q.dtype == bfloat16 else _attention_backward
+    run: Any = _attention_backward_onednn
 
     def heads(start: int, stop: int, p: np.ndarray, dp: np.ndarray) -> None:
         buffers = [memory.empty((8, 1, 1, *q.shape[2:]), number)] * (q.dtype == bfloat16)
         before, after = map(bits, (do, q, k, v, o)), map(bits, (dq, dk, dv))
         kernel(library, *before, lse, *after, p, dp, *buffers, start, stop, scale, *dropout)
 
-    _each_head(heads, q, q.shape[2], blocks=2)
+    def heads_by_onednn(start: int, stop: int) -> None:
+        T, D = q.shape[2:]
+        keys = -(-T // BF16_BLOCK) * BF16_BLOCK
+        plans = _attention_plans(keys, D)
+        copies, sums = memory.empty((4, keys, D), np.uint16), memory.empty((2, keys, D), number)
+        p, dp = memory.empty((2, BF16_BLOCK * keys), number)
+        before, after = map(bits, (do, q, k, v, o)), map(bits, (dq, dk, dv))
+        buffers = (copies, sums, p, dp, memory.empty((2, len(p)), np.uint16))
+        addresses = plans.addresses.reshape(3, -1)
+        onednn.check(run(addresses, *before, lse, *after, *buffers, start, stop, scale, *dropout))
+
+    if q.dtype == bfloat16 and onednn.library() is not None:
+        _each_head(heads_by_onednn, q, q.shape[2], blocks=0)
+    else:
+        _each_head(heads, q, q.shape[2], blocks=2)
     return dqkv
 
 
@@ -1162,7 +1337,7 @@ def _cross_entropy_rows_backward(logits, targets, log_total, factor, dlogits):
     for i in range(logits.shape[0]):
         row = logits[i]
         largest, share = _largest(row, V), factor / np.exp(log_total[i])
-        for j in range(V):  # (in one pass: dlogits may be logits)
+        for j in range(V):
             less = factor if j == targets[i] else zero
             dlogits[i, j] = narrow(_exp(wide(row[j]) - largest) * share - less, dlogits)
 
@@ -1180,54 +1355,50 @@ def cross_entropy_backward(
     dloss: np.ndarray, logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray
 ) -> np.ndarray:
     dlogits = memory.empty(logits.shape, logits.dtype)
-    _write_dlogits(_rows(logits), targets, log_total, dloss, _rows(dlogits))
+    rows, written = bits(_rows(logits)), bits(_rows(dlogits))
+    target, totals, factor = targets.reshape(-1), log_total.reshape(-1), log_total.dtype.type(dloss / targets.size)
+    pool.each(
+        lambda a, b: _cross_entropy_rows_backward(rows[a:b], target[a:b], totals[a:b], factor, written[a:b]),
+        _row_parts(*rows.shape),
+    )
     return dlogits
 
 
-def _write_dlogits(
-    logits: np.ndarray, targets: np.ndarray, log_total: np.ndarray, dloss: Any, dlogits: np.ndarray
-) -> None:
-    """Write the gradient of cross-entropy for rows of logits to dlogits, which may be the same array."""
-    target, totals, read, written = targets.reshape(-1), log_total.reshape(-1), bits(logits), bits(dlogits)
-    factor = log_total.dtype.type(dloss / target.size)
-    pool.each(
-        lambda a, b: _cross_entropy_rows_backward(read[a:b], target[a:b], totals[a:b], factor, written[a:b]),
-        _row_parts(*logits.shape),
-    )
-
-
 @_compiled
-def _cross_entropy(logits: np.ndarray, targets: np.ndarray, loss: np.ndarray, count: np.floating) -> None:
-    """Replace each row of logits by its gradient, (softmax - onehot) / count. `loss` receives the loss of each row."""
-    V = logits.shape[1]
+def _cross_entropy(
+    logits: np.ndarray, targets: np.ndarray, loss: np.ndarray, count: np.floating, buffer: np.ndarray
+) -> None:
+    """Replace each row of logits by its gradient, (softmax - onehot) / count. `loss` receives the loss of each row.
+
+    buffer  has the size of a row and contains its exponentials in float32, so that a bfloat16 row is rounded once."""
+    V, one = logits.shape[1], buffer.dtype.type(1)
     for i in range(logits.shape[0]):
         row = logits[i]
         largest = _largest(row, V)
-        picked = row[targets[i]] - largest
-        total = logits.dtype.type(0)
+        picked = wide(row[targets[i]]) - largest
+        total = buffer.dtype.type(0)
         for j in range(V):
-            row[j] = _exp(row[j] - largest)
-            total += row[j]
-        factor = logits.dtype.type(1) / (total * count)
+            buffer[j] = _exp(wide(row[j]) - largest)
+            total += buffer[j]
+        factor = one / (total * count)
         for j in range(V):
-            row[j] *= factor
-        row[targets[i]] -= logits.dtype.type(1) / count
+            buffer[j] *= factor
+        buffer[targets[i]] -= one / count
+        for j in range(V):
+            row[j] = narrow(buffer[j], row)
         loss[i] = np.log(total) - picked
 
 
 def lm_head_forward(x: np.ndarray, weight: np.ndarray, targets: np.ndarray) -> tuple[np.floating, np.ndarray]:
     rows, target = x.reshape(-1, x.shape[-1]), np.ascontiguousarray(targets).reshape(-1)
-    logits = memory.empty((len(rows), len(weight)), x.dtype)
+    logits, number = memory.empty((len(rows), len(weight)), x.dtype), sum_dtype(x.dtype)
     _matmul(rows, weight.astype(x.dtype, copy=False).T, logits)
-    if x.dtype == bfloat16:  # in two passes, so that exponentials are not rounded before the division by their sum
-        value, log_total = cross_entropy_forward(logits, target)
-        _write_dlogits(logits, target, log_total, 1, logits)
-        return value, logits
-    loss, count = np.empty(len(rows), dtype=x.dtype), x.dtype.type(len(rows))
-    pool.each(
-        lambda a, b: _cross_entropy(logits[a:b], target[a:b], loss[a:b], count),
-        threads.parts(len(rows), max(1, GRAIN // len(weight))),
-    )
+    loss, count, written = np.empty(len(rows), number), number.type(len(rows)), bits(logits)
+
+    def part(a: int, b: int) -> None:
+        _cross_entropy(written[a:b], target[a:b], loss[a:b], count, memory.empty((len(weight),), number))
+
+    pool.each(part, threads.parts(len(rows), max(1, GRAIN // len(weight))))
     return np.mean(loss), logits
 
 

@@ -17,12 +17,18 @@ import threading
 import weakref
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from ml_dtypes import bfloat16
+from numba import types
+from numba.core.base import BaseContext
+from numba.core.typing import Context, Signature
+from numba.extending import intrinsic
 
 from tinygrad2 import machine
+from tinygrad2.kernels import pool
 
 PACKAGE = "onednn-cpu-gomp"
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16")  # as /proc/cpuinfo names them
@@ -166,6 +172,8 @@ class _Thread(threading.local):
     def plan(self, key: _Key) -> tuple[Any, ...]:
         """Return the primitive, the memory objects of source, weights, destination, bias and scratchpad, the number of
         arguments, and the arguments."""
+        if (plan := self.plans.get(key)) is not None:
+            return plan
         primitive, descriptions, size, _ = _primitive(key)
         if size > self.scratch.nbytes:
             self.scratch = np.empty(size, np.uint8)
@@ -176,10 +184,17 @@ class _Thread(threading.local):
         self.dnn.memory_set_data_handle(memories[4], self.scratch.ctypes.data)
         numbers = (_SOURCE, _WEIGHTS, _DESTINATION, _BIAS, _SCRATCHPAD)
         present = [_Argument(number, memory) for number, memory in zip(numbers, memories, strict=True) if memory]
-        return primitive, memories, len(present), (_Argument * len(present))(*present)
+        self.plans[key] = primitive, memories, len(present), (_Argument * len(present))(*present)
+        return self.plans[key]
 
 
 _thread: _Thread | None = None  # created with the first product
+
+
+def _this_thread() -> _Thread:
+    global _thread
+    _thread = _thread or _Thread()
+    return _thread
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None) -> None:
@@ -188,17 +203,82 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bi
     a (m, k), b (k, n) and bias (n,) are bfloat16; out (m, n) is bfloat16 or float32. In each matrix, either the rows or
     the columns must be contiguous. The result is bitwise the same however the rows are divided among calls.
     """
-    global _thread
-    here = _thread = _thread or _Thread()
+    here = _this_thread()
     (m, n), k = out.shape, a.shape[1]
     strides = tuple((x.strides[0] // x.itemsize, x.strides[1] // x.itemsize) for x in (a, b, out))
-    key = (m, n, k), strides, out.dtype, add, bias is not None
-    plan = here.plans.get(key)
-    if plan is None:
-        plan = here.plan(key)
-        here.plans[key] = plan
-    primitive, memories, count, arguments = plan
+    primitive, memories, count, arguments = here.plan(((m, n, k), strides, out.dtype, add, bias is not None))
     for memory, array in zip(memories, (a, b, out, bias), strict=False):  # the last is the scratchpad
         if array is not None:
             here.dnn.memory_set_data_handle(memory, array.ctypes.data)
     here.dnn.primitive_execute(primitive, here.stream, count, arguments)
+
+
+class Product(NamedTuple):
+    """A product for compiled code: a (m, k) b (k, n), or its sum with what out contains.
+
+    strides  of a, b and out, in elements.
+    """
+
+    shape: tuple[int, int, int]  # m, n, k
+    strides: tuple[tuple[int, int], ...]
+    add: bool = False
+
+
+class Plans:
+    """The plans of some products with float32 results on the calling thread, for `execute`.
+
+    addresses  one for each product. They are valid while this object exists, until the thread's next product.
+    """
+
+    def __init__(self, products: list[Product]):
+        here = _this_thread()
+        keys: list[_Key] = [(shape, strides, np.dtype(np.float32), add, False) for shape, strides, add in products]
+        largest = max(keys, key=lambda key: _primitive(key)[2])
+        here.plan(largest)  # so that the others have the same scratchpad
+        self._plans = [here.plan(key) for key in keys]
+        functions = [ctypes.cast(here.dnn.library[f"dnnl_{name}"], _POINTER).value for name in _COMPILED]
+        self._words = np.array(
+            [
+                [*functions, primitive.value, here.stream.value, count, ctypes.addressof(arguments)]
+                + [memory.value for memory in memories[:3]]
+                for primitive, memories, count, arguments in self._plans
+            ],
+            np.int64,
+        )
+        self.addresses = self._words.ctypes.data + np.arange(len(keys)) * self._words.strides[0]
+
+
+_COMPILED = ("memory_set_data_handle", "primitive_execute")  # the functions that compiled code calls
+
+
+@intrinsic
+def execute(typing_context: Context, plan: types.Type, a: types.Type, b: types.Type, out: types.Type) -> pool.Intrinsic:
+    """Compute a product in compiled code, by the addresses of its plan and of the matrices. Returns 0, or an error."""
+    word, number = ir.IntType(64), ir.IntType(32)
+
+    def generate(
+        context: BaseContext, builder: ir.IRBuilder, signature: Signature, arguments: list[ir.Value]
+    ) -> ir.Value:
+        plan, *matrices = arguments
+        words = builder.inttoptr(plan, word.as_pointer())
+        set_handle, run, primitive, stream, count, places, *memories = (
+            builder.load(builder.gep(words, [word(i)])) for i in range(9)
+        )
+        kind = ir.FunctionType(number, [word, word])
+        status = number(0)
+        for memory, matrix in zip(memories, matrices, strict=True):
+            found = builder.call(builder.inttoptr(set_handle, kind.as_pointer()), [memory, matrix])
+            status = builder.or_(status, found)
+        kind = ir.FunctionType(number, [word, word, number, word])
+        found = builder.call(
+            builder.inttoptr(run, kind.as_pointer()), [primitive, stream, builder.trunc(count, number), places]
+        )
+        return builder.or_(status, found)
+
+    return types.int32(*[types.int64] * 4), generate
+
+
+def check(status: np.int32) -> None:
+    """Raise RuntimeError if `execute` has returned an error."""
+    if status:
+        raise RuntimeError(f"oneDNN: a product in compiled code failed with status {status}")

@@ -9,6 +9,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 cpu = pytest.importorskip("tinygrad2.kernels.cpu")
+from tinygrad2 import random  # noqa: E402
 from tinygrad2.kernels import onednn  # noqa: E402
 
 NO_INSTRUCTIONS = "this processor has no instructions for bfloat16 (avx512_bf16 or amx_bf16)"
@@ -98,6 +99,50 @@ def test_bfloat16_products_do_not_depend_on_the_number_of_threads(library, set_t
     for outcome in outcomes[1:]:
         for result, right in zip(outcome, outcomes[0], strict=True):
             np.testing.assert_array_equal(result, right)
+
+
+@pytest.mark.parametrize(("T", "D", "rate"), [(5, 16, 0.0), (128, 64, 0.0), (300, 64, 0.2), (257, 24, 0.1)])
+def test_attention_is_that_of_float32_rounded(library, T, D, rate):
+    B, H = 2, 3
+    key = random.Key(seed=1, step=2, site=3) if rate else None
+    qkv, dout = (R.normal(size=(B, T, n * H * D)).astype(bfloat16) for n in (3, 1))
+    out, lse = cpu.attention_forward(qkv, H, rate, key)
+    dqkv = cpu.attention_backward(dout, qkv, out, lse, H, rate, key)
+    wider = qkv.astype(np.float32)
+    exact, exact_lse = cpu.attention_forward(wider, H, rate, key)
+    gradient = cpu.attention_backward(dout.astype(np.float32), wider, exact, exact_lse, H, rate, key)
+    assert (out.dtype, lse.dtype, dqkv.dtype) == (bfloat16, np.float32, bfloat16)
+    assert error(lse, exact_lse) < 1e-6
+    assert error(out, exact) < 6e-3  # at most 2^-8 twice
+    for part, right in zip(np.split(dqkv, 3, axis=2), np.split(gradient, 3, axis=2), strict=True):
+        assert error(part, right) < 1e-2
+
+
+@pytest.mark.parametrize("T", [100, 256])
+def test_the_number_of_threads_changes_no_bit_of_attention(library, set_threads, monkeypatch, T):
+    monkeypatch.setattr(cpu, "ATTENTION_FLOPS", 1)  # as many parts as possible
+    qkv, dout = (R.normal(size=(2, T, n * 4 * 32)).astype(bfloat16) for n in (3, 1))
+    outcomes = []
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        out, lse = cpu.attention_forward(qkv, 4, 0.0, None)
+        outcomes.append((out, lse, cpu.attention_backward(dout, qkv, out, lse, 4, 0.0, None)))
+    for outcome in outcomes[1:]:
+        for result, right in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, right)
+
+
+def test_attention_to_a_cache_of_any_length(library):
+    qkv, cache = R.normal(size=(1, 150, 3 * 2 * 64)).astype(bfloat16), np.zeros((2, 1, 2, 200, 64), bfloat16)
+    first = cpu.attention_cached(qkv[:, :77], cache, 0, 2)
+    rest = cpu.attention_cached(qkv[:, 77:], cache, 77, 2)
+    whole = cpu.attention_forward(qkv, 2, 0.0, None)[0]
+    assert error(np.concatenate([first, rest], axis=1), whole.astype("d")) < 4e-3
+
+
+def test_an_error_in_compiled_code_raises(library):
+    with pytest.raises(RuntimeError, match=r"^oneDNN: a product in compiled code failed with status 2$"):
+        onednn.check(np.int32(2))
 
 
 def test_the_reason_names_the_instructions_or_the_package(monkeypatch):
