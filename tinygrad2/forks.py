@@ -99,7 +99,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
 
 
-def _guarded(product: Callable[..., Any]) -> Callable[..., Any]:
+def guarded(product: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes products by a BLAS library, inside such a context."""
+
     @functools.wraps(product)
     def call(*arguments: Any, **options: Any) -> Any:
         with computing():
@@ -108,5 +110,5 @@ def _guarded(product: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# NumPy, with products that are computed in such a context: the array library of reference.py on the CPU.
-guarded_numpy = SimpleNamespace(**{**vars(numpy), **{name: _guarded(vars(numpy)[name]) for name in ("matmul", "dot")}})
+# NumPy, with guarded products: the array library of reference.py on the CPU.
+guarded_numpy = SimpleNamespace(**{**vars(numpy), **{name: guarded(vars(numpy)[name]) for name in ("matmul", "dot")}})

@@ -37,7 +37,7 @@ import os, signal, sys, threading, time
 import numpy as np
 from tinygrad2 import Tensor
 
-def train(seed, steps):  # a product by NumPy, in the reference kernel
+def train(seed, steps):  # a product by NumPy
     x = Tensor(np.full((300, 300), seed, "f"))
     return [float((x @ x).data.sum()) for _ in range(steps)]
 
@@ -73,9 +73,16 @@ def run(code, **environment):
 
 
 @needs_fork
-@pytest.mark.parametrize("work", [TRAIN, PRODUCT], ids=["train", "matmul"])
-def test_a_process_forks_while_another_thread_computes(work):
-    run(work + FORKS)
+@pytest.mark.parametrize(
+    ("work", "kernels"),
+    [
+        pytest.param(PRODUCT, "", id="matmul"),
+        pytest.param(PRODUCT, "reference", id="matmul of the reference"),
+        pytest.param(TRAIN, "", id="training", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_forks_while_another_thread_computes(work, kernels):
+    run(work + FORKS, TINYGRAD2_KERNELS=kernels)
 
 
 def test_two_threads_train_two_models_as_fast_as_one_after_the_other():
