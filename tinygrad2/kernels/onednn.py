@@ -27,7 +27,7 @@ from numba.core.base import BaseContext
 from numba.core.typing import Context, Signature
 from numba.extending import intrinsic
 
-from tinygrad2 import machine
+from tinygrad2 import forks, machine
 from tinygrad2.kernels import pool
 
 PACKAGE = "onednn-cpu-gomp"
@@ -129,6 +129,8 @@ def _file() -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
+_lock = threading.Lock()  # held while a primitive is created: two threads that do so at once corrupt the heap
+forks.locks.append(_lock)
 _Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, bool]
 
 
@@ -174,7 +176,8 @@ class _Thread(threading.local):
         arguments, and the arguments."""
         if (plan := self.plans.get(key)) is not None:
             return plan
-        primitive, descriptions, size, _ = _primitive(key)
+        with _lock:
+            primitive, descriptions, size, _ = _primitive(key)
         if size > self.scratch.nbytes:
             self.scratch = np.empty(size, np.uint8)
             self.plans.clear()  # they contain the address of the old scratchpad
@@ -193,7 +196,9 @@ _thread: _Thread | None = None  # created with the first product
 
 def _this_thread() -> _Thread:
     global _thread
-    _thread = _thread or _Thread()
+    if _thread is None:
+        with _lock:
+            _thread = _thread or _Thread()
     return _thread
 
 
@@ -233,7 +238,8 @@ class Plans:
     def __init__(self, products: list[Product]):
         here = _this_thread()
         keys: list[_Key] = [(shape, strides, np.dtype(np.float32), add, False) for shape, strides, add in products]
-        largest = max(keys, key=lambda key: _primitive(key)[2])
+        with _lock:
+            largest = max(keys, key=lambda key: _primitive(key)[2])
         here.plan(largest)  # so that the others have the same scratchpad
         self._plans = [here.plan(key) for key in keys]
         functions = [ctypes.cast(here.dnn.library[f"dnnl_{name}"], _POINTER).value for name in _COMPILED]

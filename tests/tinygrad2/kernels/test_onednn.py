@@ -1,6 +1,8 @@
 """bfloat16 products with oneDNN, and the reasons why it may be unavailable."""
 
 import itertools
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -51,6 +53,33 @@ def test_products_with_many_rows_round_activations_to_bfloat16(library):
     assert 1e-4 < error(y, x.astype("d") @ w.astype("d") + bias) < 4e-3
     few = cpu.linear_forward(x[:, :10], w, bias)  # 20 rows use gemv, which does not round x
     assert error(few, x[:, :10].astype("d") @ w.astype("d") + bias) < 1e-6
+
+
+def test_primitives_are_created_by_one_thread_at_a_time(library, monkeypatch):
+    """Two threads that created their first primitives at once corrupted the heap in about one process of ten."""
+    create, inside, most = onednn._primitive, [], []
+
+    def slow(key):
+        inside.append(key)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return create(key)
+
+    monkeypatch.setattr(onednn, "_primitive", slow)
+
+    def work(i):
+        a, b = np.ones((3 + i, 5), bfloat16), np.ones((5, 7), bfloat16)
+        onednn.product(a, b, np.empty((3 + i, 7), np.float32))
+        onednn.Plans([onednn.Product((3 + i, 11, 5), ((5, 1), (11, 1), (11, 1)))])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) >= 8
+    assert max(most) == 1
 
 
 def test_nan_and_infinity_propagate(library):
