@@ -30,7 +30,7 @@ ARRANGE_REPORT = """() => {
 
 ARRANGE_INSPECTOR = """() => {
     const [tokens, attention] = document.querySelectorAll('.inspector section')
-    document.querySelector('[aria-label^="layer 2, head 4"]').click()
+    document.querySelector('[aria-label^="layer 4, head 6"]').click()
     for (const hidden of document.querySelectorAll('.hint, h2, section > p, details, .readout')) hidden.remove()
     document.querySelector('.inspector').replaceChildren(tokens, attention)
     document.querySelector('main').replaceChildren(document.querySelector('.inspector'))
@@ -50,6 +50,7 @@ def play(page: Page) -> None:
     page.locator(".piece").nth(5).click()
     page.evaluate("document.querySelector('[data-play=count]').remove()")  # it shows the speed of this machine
     page.evaluate("document.querySelector('.play').scrollTop = 0")
+    page.mouse.move(0, 0)  # no token is highlighted
     page.wait_for_timeout(500)  # the inspector fades in
 
 
