@@ -92,7 +92,7 @@ class Filters:
 
     drop_wikipedia   drop documents with a Wikipedia URL, or whose first bytes name Wikipedia as the source.
     min_bytes        drop shorter documents.
-    drop_duplicates  drop repeated documents, detected by 8 bytes of the SHA-256 of the text. A hash of each document is
+    drop_duplicates  drop repeated documents, detected by 8 bytes of their SHA-256. A hash of each document is
                      kept in memory; nothing else in this file grows with the input.
     """
 
@@ -100,7 +100,7 @@ class Filters:
     min_bytes: int = 0
     drop_duplicates: bool = False
 
-    def judge(self, document: Document, seen: set[int]) -> tuple[str, int | None]:
+    def check(self, document: Document, seen: set[int]) -> tuple[str, int | None]:
         """Return the name of the filter that drops the document, or "", and the digest of the document if it was added
         to `seen`, or None."""
         sha, size, head = hashlib.sha256(), 0, b""
@@ -164,7 +164,7 @@ def read_parts(
     for k, source in enumerate(sources[first:], first):
         with explained(source, OSError):
             for document in source.documents(position):
-                dropped, digest = filters.judge(document, seen) if filters != NO_FILTERS and not offset else ("", None)
+                dropped, digest = filters.check(document, seen) if filters != NO_FILTERS and not offset else ("", None)
                 if dropped:
                     yield Part(b"", True, (k, document.after, 0), dropped)
                 else:
@@ -232,13 +232,13 @@ class HashSplit:
     part_bytes: int = PART_BYTES
 
     rule = (
-        f"documents are cut at newlines into parts of at most {PART_BYTES} bytes; a part is validation where the "
+        f"documents are cut at newlines into parts of at most {PART_BYTES} bytes; a part is for validation if the "
         "first 8 bytes of its SHA-256 are below val_fraction * 2**64; if none or all are, the last tokens are moved"
     )
 
     def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
         """Return (split, text) for each piece of a part. There is only one piece, the part itself."""
-        return [(side_of(data, self.val_fraction), data)]
+        return [(split_of(data, self.val_fraction), data)]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class ExactSplit:
 
     rule = (
         f"documents are cut at newlines into parts of about 1/{SMALL_PARTS} of the text; the parts with the first "
-        "SHA-256 values are validation, val_fraction of the bytes, and the last of them is cut there"
+        "SHA-256 values are for validation, val_fraction of the bytes, and the last of them is cut there"
     )
 
     def pieces(self, data: bytes) -> list[tuple[str, bytes]]:
@@ -458,7 +458,7 @@ def prepare(
     for an invalid argument or source, or a full disk.
     """
     if not sources:
-        raise ValueError("sources: none given; expected files, folders, '-', or a named set such as 'pydoc'")
+        raise ValueError("sources: none given; expected files, folders, '-', or a named data set such as 'pydoc'")
     if val_fraction is None:
         val_fraction = VAL_FRACTIONS.get(sources[0], VAL_FRACTION)
     delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
@@ -482,10 +482,14 @@ def prepare(
         _make(job, threads or usable_threads(), state, shards, say)
         if not state.documents:
             shutil.rmtree(partial)
-            more = f", except in the documents that were dropped ({_counted(state.dropped)})" if state.dropped else ""
+            more = (
+                f", except in the documents that were dropped ({_describe_dropped(state.dropped)})"
+                if state.dropped
+                else ""
+            )
             raise ValueError(f"sources {' '.join(sources)}: no text found{more}")
         _move(out, shards, say)
-    _say_made(out, state, filters, time.perf_counter() - begin, say)
+    _print_summary(out, state, filters, time.perf_counter() - begin, say)
     return out
 
 
@@ -574,12 +578,12 @@ def _move(out: Path, shards: Shards, say: Callable[[str], None]) -> None:
     shutil.rmtree(shards.work, ignore_errors=True)
 
 
-def _say_made(out: Path, state: State, filters: Filters, seconds: float, say: Callable[[str], None]) -> None:
+def _print_summary(out: Path, state: State, filters: Filters, seconds: float, say: Callable[[str], None]) -> None:
     tokens = sum(state.tokens.values())
     say(
         f"{out}: {state.documents:,} documents, {state.tokens['train']:,} training and {state.tokens['val']:,} "
         f"validation tokens, {state.bytes / tokens:.2f} bytes per token, {seconds:.1f} s"
-        + (f"; dropped {_counted(state.dropped)}" if filters != NO_FILTERS else "")
+        + (f"; dropped {_describe_dropped(state.dropped)}" if filters != NO_FILTERS else "")
     )
 
 
@@ -599,7 +603,7 @@ def _check_encoding(name: str) -> None:
         ) from None
 
 
-def _counted(dropped: dict[str, int]) -> str:
+def _describe_dropped(dropped: dict[str, int]) -> str:
     return ", ".join(f"{dropped[name]:,} {name}" for name in sorted(dropped)) or "no document"
 
 
@@ -690,7 +694,7 @@ def _write_tokens(
         return [tokenize(part) for part in parts]
 
     unread = read_parts(job.sources, state.cursor, job.filters, shards.seen(), split.part_bytes)
-    journalled = state.bytes
+    journaled = state.bytes
     with (
         tqdm(total=total, initial=state.bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(threads) as pool,
@@ -715,14 +719,14 @@ def _write_tokens(
                 state.bytes += len(part.data)
                 bar.update(len(part.data))
             state.cursor = list(parts[-1].cursor)
-            if state.bytes - journalled >= JOURNAL_BYTES:
+            if state.bytes - journaled >= JOURNAL_BYTES:
                 _save_journal(job, state, shards)
-                journalled = state.bytes
+                journaled = state.bytes
     state.cursor = [len(job.sources), 0, 0]
     _save_journal(job, state, shards)
 
 
-def side_of(data: bytes, val_fraction: float) -> str:
+def split_of(data: bytes, val_fraction: float) -> str:
     """The split of a part: "val" if the first 8 bytes of its SHA-256 are below val_fraction * 2**64, else "train"."""
     return SPLITS[int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < val_fraction * 2**64]
 

@@ -177,7 +177,7 @@ class Csv(TextFile):
                 headers[delimiter], _ = next(self._records(stream, 0, delimiter), ([], 0))
         found = [delimiter for delimiter, header in headers.items() if self.column in header]
         if not found:
-            raise ValueError(_no_column(self, self.column, max(headers.values(), key=len)))
+            raise ValueError(_column_error(self, self.column, max(headers.values(), key=len)))
         return found[0]
 
     def documents(self, start: int) -> Iterator[Document]:
@@ -189,7 +189,7 @@ class Csv(TextFile):
             skip(stream, start - begin)
             for record, after in self._records(stream, max(begin, start), delimiter):
                 if len(record) != len(header):
-                    raise self._no_csv(after, delimiter, f"{len(record)} fields, the header has {len(header)}")
+                    raise self._csv_error(after, delimiter, f"{len(record)} fields, the header has {len(header)}")
                 where = "" if url is None else record[url]
                 yield Document(after, str(self), partial(io.BytesIO, record[text].encode()), where)
 
@@ -215,9 +215,9 @@ class Csv(TextFile):
                 if record:
                     yield record, offset
         except csv.Error as error:
-            raise self._no_csv(offset, delimiter, str(error)) from None
+            raise self._csv_error(offset, delimiter, str(error)) from None
 
-    def _no_csv(self, offset: int, delimiter: str, reason: str) -> ValueError:
+    def _csv_error(self, offset: int, delimiter: str, reason: str) -> ValueError:
         marks = DELIMITERS.get(delimiter, repr(delimiter))
         return ValueError(
             f"{self.path}: line {_line_number(self, offset - 1)}: not valid CSV ({reason}); expected as many fields "
@@ -287,7 +287,7 @@ class Parquet(TextFile):
             file = parquet.ParquetFile(self._file(), buffer_size=1 << 20, pre_buffer=False)
             names = file.schema_arrow.names
         if self.column not in names:
-            raise ValueError(_no_column(self, self.column, names))
+            raise ValueError(_column_error(self, self.column, names))
         kind = file.schema_arrow.field(self.column).type
         if not (types.is_string(kind) or types.is_large_string(kind)):
             raise ValueError(f"{self}: the column {self.column!r} has the type {kind}; expected string (--text-column)")
@@ -348,7 +348,7 @@ class Stdin:
     @cached_property
     def _head(self) -> bytes:
         if sys.stdin is None:
-            raise ValueError("-: stdin is closed; pipe the text in, or name a file")
+            raise ValueError("-: stdin is closed; pipe the text in, or specify a file")
         return sys.stdin.buffer.read(HEAD_BYTES)
 
     def stream(self) -> BinaryIO:
@@ -752,7 +752,7 @@ def require(module: str, source: object) -> ModuleType:
         raise ValueError(f"{source}: reading it needs {library}; install it with {install_command('data')}") from None
 
 
-def _no_column(source: object, column: str, names: Sequence[str]) -> str:
+def _column_error(source: object, column: str, names: Sequence[str]) -> str:
     shown = ", ".join(repr(name[:80]) for name in names[:NAMED_COLUMNS]) or "none"
     more = f" and {len(names) - NAMED_COLUMNS:,} more" if len(names) > NAMED_COLUMNS else ""
     return f"{source}: no column {column!r} (--text-column); the columns are {shown}{more}"

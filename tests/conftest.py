@@ -150,11 +150,11 @@ def fake_cublaslt():
     path = folder / f"cublaslt-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
             cudasim.need_compiler()
-            command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", f"{made}/made.so"]
+            command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", str(source), "-o", f"{temporary}/library.so"]
             subprocess.run(command, check=True)
-            Path(made, "made.so").replace(path)
+            Path(temporary, "library.so").replace(path)
     return str(path)
 
 

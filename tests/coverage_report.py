@@ -46,21 +46,21 @@ PARTS = {
 
 # Why functions are not covered: (pattern for FILE: FUNCTION, reason). The first pattern that matches is used.
 GPU = "needs an NVIDIA GPU: `pytest -m gpu` executes it"
-ENDS = "the process ends in it, by MPI_Abort or a signal, and writes no data; `pytest -m mpi` tests the effect"
+ENDS = "it ends the process, by MPI_Abort or a signal, before data are written; `pytest -m mpi` tests the effect"
 REASONS: tuple[tuple[str, str], ...] = (
     (r"tinygrad2/kernels/cuda\.py: driver$", GPU),
     (r"tinygrad2/kernels/cuda\.py: CudaKernels\.(launch_alone|blocks_at_once|clusters_at_once|properties)$", GPU),
     (r"tinygrad2/backend\.py: Cuda\.(launch_alone|blocks_at_once|clusters_at_once|limits|address)$", GPU),
     (
         r"tinygrad2/machine\.py: nvidia_driver$",
-        "needs NVIDIA's driver; what calls it is tested with its possible results",
+        "needs NVIDIA's driver; its callers are tested with all of its possible results",
     ),
     (
         r"tinygrad2/distributed\.py: MPIComm\.nccl$",
-        "needs a GPU for each rank; tests/stand_ins/nccl.py stands in for NCCL",
+        "needs one GPU per rank; tests/stand_ins/nccl.py stands in for NCCL",
     ),
     (r"tinygrad2/distributed\.py: MPIComm\.(abort|_leave)$", ENDS),
-    (r"tinygrad2/distributed\.py: _join$", "needs Slurm, or the mpirun of another MPI than mpi4py's"),
+    (r"tinygrad2/distributed\.py: _join$", "needs Slurm, or the mpirun of a different MPI library than mpi4py's"),
     (
         r"tinygrad2/files\.py: (_try_lock|flush_entry|Lock\.release)$",
         "branches for Windows, and for file systems without locks",
@@ -109,10 +109,10 @@ def missing(report: dict[str, Any]) -> dict[str, list[int]]:
     }
 
 
-def reason_of(place: str, lines: list[int]) -> str:
+def reason_of(location: str, lines: list[int]) -> str:
     """Why these lines are not covered; "" if there is no reason."""
     few = f"fewer than {FEW} lines each, listed in tests/benchmarks/results/{RESULT.name}" if len(lines) < FEW else ""
-    return next((reason for pattern, reason in REASONS if re.match(pattern, place)), few)
+    return next((reason for pattern, reason in REASONS if re.match(pattern, location)), few)
 
 
 def percent(covered: int, statements: int) -> float:
@@ -133,24 +133,24 @@ def table(report: dict[str, Any]) -> list[str]:
             lines.append(f"| `{name}` | {row['num_statements']:,} | {row['percent_covered']:.1f} % |")
     lines += ["", "| not covered | lines | reason |", "|---|---|---|"]
     by_reason: dict[str, dict[str, int]] = {}
-    for place, numbers in missing(report).items():
-        by_reason.setdefault(reason_of(place, numbers), {})[place] = len(numbers)
-    for reason, places in sorted(by_reason.items(), key=lambda item: -sum(item[1].values())):
+    for location, numbers in missing(report).items():
+        by_reason.setdefault(reason_of(location, numbers), {})[location] = len(numbers)
+    for reason, locations in sorted(by_reason.items(), key=lambda item: -sum(item[1].values())):
         few = reason.startswith("fewer than")
-        names = f"{len(places):,} functions" if few else ", ".join(f"`{place}`" for place in places)
-        lines.append(f"| {names} | {sum(places.values()):,} | {reason} |")
+        names = f"{len(locations):,} functions" if few else ", ".join(f"`{location}`" for location in locations)
+        lines.append(f"| {names} | {sum(locations.values()):,} | {reason} |")
     return lines
 
 
 def write(report: dict[str, Any]) -> bool:
     """Write the page and the JSON file, and print the totals. Returns whether everything is covered or explained."""
     date, lines = datetime.date.today().isoformat(), table(report)
-    places = missing(report)
+    locations = missing(report)
     record = {
         "benchmark": "coverage",
         "date": date,
         "files": {name: file["summary"]["percent_covered"] for name, file in sorted(report["files"].items())},
-        "missing": {place: ", ".join(map(str, numbers)) for place, numbers in places.items()},
+        "missing": {location: ", ".join(map(str, numbers)) for location, numbers in locations.items()},
     }
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
@@ -158,10 +158,10 @@ def write(report: dict[str, Any]) -> bool:
     commands = (DATA / "measured").read_text(encoding="utf-8").splitlines()
     measured = "\n".join([f"Measured on {date}, with {', '.join(dict.fromkeys(commands))}.", "", *lines])
     PAGE.write_text(f"{before}{MARKS[0]}\n\n{measured}\n\n{MARKS[1]}{after}", encoding="utf-8")
-    unexplained = [place for place, numbers in places.items() if not reason_of(place, numbers)]
+    unexplained = [location for location, numbers in locations.items() if not reason_of(location, numbers)]
     print(*lines[2 : 2 + len(PACKAGES)], sep="\n")
-    unused = [pattern for pattern, _ in REASONS if not any(re.match(pattern, place) for place in places)]
-    print(*(f"no reason given: {place}" for place in unexplained), sep="\n")
+    unused = [pattern for pattern, _ in REASONS if not any(re.match(pattern, location) for location in locations)]
+    print(*(f"no reason given: {location}" for location in unexplained), sep="\n")
     print(*(f"reason not needed: {pattern}" for pattern in unused), f"written to {PAGE}", sep="\n")
     totals = [float(line.split("|")[3].strip(" %")) for line in lines[2 : 2 + len(PACKAGES)]]
     return min(totals) >= LEAST and not unexplained

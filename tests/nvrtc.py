@@ -2,7 +2,7 @@
 
 NVRTC does not need a driver. It is called through CuPy's binding, with our options and those that CuPy's RawModule
 adds. It reports each kernel's registers, shared memory, register spills, and stack frame (arrays in local memory).
-Spills and stack frames are the most expensive faults that still give correct results.
+Spills and stack frames are the most expensive problems that do not affect the results.
 
 Requires CuPy, NVRTC and the CUDA headers: pip install -e ".[cuda-check]", or any machine that can run the kernels.
 """
@@ -83,8 +83,8 @@ def sizes(architecture: str) -> dict[str, list[Defines]]:
             {**row, "WIDTH": 16 // ITEMSIZE[row["REAL"]], "BLOCK_ROWS": BLOCK_ROWS}
             for row in _each(REAL=TYPES, C=WIDTHS, POSITIONS=(1, 0))
         ],
-        # 15 clusters of 8 run at once on 132 multiprocessors. Without clusters, GPT-2 XL in float32 with several texts
-        # spills up to 48 bytes.
+        # 15 clusters of 8 run at once on 132 multiprocessors. Without clusters, GPT-2 XL in float32 spills up to 48
+        # bytes for several sequences.
         "decode": [
             {"REAL": real, **plan.constants(config)}
             for real in TYPES
@@ -156,12 +156,12 @@ def _program(code: str, target: str, defines: dict[str, Any]) -> Iterator[tuple[
     from cupy_backends.cuda.libs import nvrtc
 
     defines = {name: value for name, value in defines.items() if name != "kernels"}
-    own = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     # RawModule adds the options of assemble_cupy_compiler_options, and these (cupy/cuda/compiler.py).
     added = ("-ftz=true", f"-arch={target}", "--device-as-default-execution-space")
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*core.assemble_cupy_compiler_options(own), *added, "--ptxas-options=-v"))
+        nvrtc.compileProgram(program, (*core.assemble_cupy_compiler_options(options), *added, "--ptxas-options=-v"))
         yield program, nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         raise CompileError(f"{target} {defines}: {error}\n{nvrtc.getProgramLog(program)}") from None
@@ -178,7 +178,7 @@ def _usages(log: str) -> Iterator[Usage]:
         # Functions that were not inlined have their own stack frames.
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         if name is None or used is None or not frames:
-            raise CompileError(f"unknown output of ptxas: {part}")
+            raise CompileError(f"unexpected output of ptxas: {part}")
         stack, *spills = (sum(map(int, column)) for column in zip(*frames, strict=True))
         yield Usage(name[1], int(used[1]), int(shared[1]) if shared else 0, stack, sum(spills))
 

@@ -83,7 +83,7 @@ def functions_of(node, prefix=""):
         yield from functions_of(child, f"{prefix}{child.name}." if named else prefix)
 
 
-def test_reasons_are_of_functions_that_exist():
+def test_every_reason_is_for_an_existing_function():
     files = [file for package in coverage_report.PACKAGES for file in (ROOT / package).rglob("*.py")]
     places = {
         f"{file.relative_to(ROOT).as_posix()}: {name}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-DRAWN = ("rooms", "op", "ranks")  # drawn by the script alone
+DRAWN = ("rooms", "op", "ranks")  # drawn without other files
 MEASURED = ("speed", "curves-nano", "curves-gpt2")  # drawn from saved results, which may be newer
 
 
@@ -34,7 +34,7 @@ def test_the_script_draws_the_picture(name, tmp_path):
         pictures.PICTURES[name]()
     drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
     assert pictures.drawing.STYLE in drawn
-    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background colour is a CSS variable
+    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background color is a CSS variable
     kept = (DOCS / f"{name}.svg").read_text(encoding="utf-8")
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (drawn, kept)]
     assert len(texts[0]) > 5

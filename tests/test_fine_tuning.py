@@ -34,14 +34,14 @@ def make_folder(folder):
     import tokenizers
     import transformers
 
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    made.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
     folder.mkdir()
-    made.model.save(str(folder))
+    tokenizer.model.save(str(folder))
     return save_model(transformers.GPT2Tokenizer.from_pretrained(folder), folder)
 
 
@@ -86,18 +86,18 @@ def test_a_transformers_model_learns_to_stop_at_its_own_end_token(tmp_path, monk
             == (theirs["bos_token_id"], theirs["eos_token_id"])
             == (end, end)
         )
-    words = transformers.AutoTokenizer.from_pretrained("back")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("back")
     model = transformers.GPT2LMHeadModel.from_pretrained("back").eval()
-    assert words.eos_token_id == model.generation_config.eos_token_id == end
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == end
     for prompt in ("<|user|>the red", "<|user|>a", "<|user|>the old river"):
-        inputs = words(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == tokens.encode_prompt(prompt).tolist()
         generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=end)[0].tolist()
         assert generated[-1] == end
         for folder in ("out", "back"):
             capsys.readouterr()
             assert sample.main(["--checkpoint", folder, "-p", prompt, "-t", "0", "-m", "40"]) == 0
-            assert capsys.readouterr().out == words.decode(generated[:-1]) + "\n"
+            assert capsys.readouterr().out == tokenizer.decode(generated[:-1]) + "\n"
 
 
 # The commands, as a new user runs them
@@ -131,7 +131,7 @@ def run(*command, folder):
 @pytest.mark.slow
 @pytest.mark.extras("torch", "transformers", "tokenizers")
 def test_own_text_in_two_languages_is_learned_and_exported_to_transformers(tmp_path, gpt2_files):
-    """Fine-tune a two-layer Hugging Face model with added tokens on 300 KB of text, using only commands."""
+    """Fine-tune a two-layer Hugging Face model with added tokens on 300 KB of text, using only the commands."""
     import transformers
 
     texts = [" ".join(words) for words in (*ENGLISH, *GERMAN)]
@@ -143,22 +143,22 @@ def test_own_text_in_two_languages_is_learned_and_exported_to_transformers(tmp_p
     end = save_model(tokenizer, tmp_path / "hf")
     assert end == 50257
 
-    prepare_it = (ROOT / "data" / "prepare.py", "own.jsonl", "--tokenizer", "hf", "--special-tokens")
-    assert "next: python" in run(*prepare_it, folder=tmp_path)
+    prepare_command = (ROOT / "data" / "prepare.py", "own.jsonl", "--tokenizer", "hf", "--special-tokens")
+    assert "next: python" in run(*prepare_command, folder=tmp_path)
     output = run(ROOT / "train.py", "--init", "hf", "--data", "own", "--out-dir", "out", *LONGER, folder=tmp_path)
     first = float(re.search(r"step 0: validation loss ([\d.]+), before training", output)[1])
     best = float(re.search(r"best validation loss ([\d.]+)", output)[1])
     assert best < 1 < 9 < first
     run("-m", "gpt2.convert", "out", "back", "--to", "hf", folder=tmp_path)
 
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
-    assert words.eos_token_id == model.generation_config.eos_token_id == end
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == end
     for prompt in ("<|user|>The red", "<|user|>Unser Dorf bleibt"):
-        inputs = words(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt")
         generated = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=end)[0].tolist()
         assert generated[-1] == end
         greedy = ("-p", prompt, "-t", "0", "-m", "40")
         for folder in ("out", "back"):
             found = run(ROOT / "sample.py", "--checkpoint", folder, *greedy, folder=tmp_path)
-            assert found == words.decode(generated[:-1]) + "\n"
+            assert found == tokenizer.decode(generated[:-1]) + "\n"

@@ -104,7 +104,7 @@ def sources():
 
 @functools.cache  # most sources are the same in every test
 def imports(source):
-    """(module, name) for all imports anywhere in the source; name is None for `import module`."""
+    """Return (module, name) for all imports anywhere in the source; name is None for `import module`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -534,7 +534,7 @@ for context in contexts:
 
 @pytest.fixture
 def two_hosts(tmp_path):
-    """(mpirun for two ranks on each of two hosts, a function that disconnects them, a function that counts bytes).
+    """mpirun for two ranks on each of two hosts, a function that disconnects them, and a function that counts bytes.
 
     Each host is a network namespace and a UTS namespace on this machine. A virtual Ethernet cable connects them.
     """

@@ -33,7 +33,7 @@ def environment(python):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(the sdist, the wheel built from it)."""
+    """The sdist, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     skip = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "out*", "*.egg-info", "build", "dist", ".venv")

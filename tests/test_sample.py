@@ -257,13 +257,13 @@ def test_an_empty_sample_is_reported(user, capsys, monkeypatch, pieces, options,
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_on_a_terminal_text_is_wrapped_and_control_characters_are_escaped(user):
     save_model("checkpoint")
-    ours, theirs = os.openpty()
+    controller, terminal = os.openpty()
     command = [sys.executable, ROOT / "sample.py", "-p", 12 * "words and " + "\x1b[31m", "-m", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "40"}
-    subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment, check=True)
-    os.close(theirs)
-    lines = os.read(ours, 10_000).decode().splitlines()
-    os.close(ours)
+    subprocess.run(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment, check=True)
+    os.close(terminal)
+    lines = os.read(controller, 10_000).decode().splitlines()
+    os.close(controller)
     assert lines == 3 * ["words and words and words and words and"] + ["\\x1b[31m"]
 
 
@@ -375,8 +375,8 @@ def test_the_damaged_tensor_is_named(user, capsys, value):
 # Sources of the prompt
 
 
-class Typed:
-    """A stdin with these bytes; a terminal if `terminal` is true."""
+class FakeStdin:
+    """A stand-in for stdin with these bytes, which is a terminal if `terminal` is true."""
 
     def __init__(self, text, terminal=False):
         self.buffer, self.lines, self.isatty = io.BytesIO(text), iter(text.decode().splitlines()), lambda: terminal
@@ -388,7 +388,7 @@ def test_a_prompt_from_a_file_or_stdin(user, capsys, monkeypatch, options, text)
     save_model("checkpoint")
     expected = run(capsys, "-p", "twelve", "-m", "4").out
     Path("prompt.txt").write_bytes(text.encode())
-    monkeypatch.setattr(sys, "stdin", Typed(text.encode()))
+    monkeypatch.setattr(sys, "stdin", FakeStdin(text.encode()))
     assert run(capsys, *options, "-m", "4").out == expected
 
 
@@ -404,7 +404,7 @@ def interactive(monkeypatch, capsys, lines, *options, code=0):
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(sys, "stdin", Typed(b"", terminal=True))
+    monkeypatch.setattr(sys, "stdin", FakeStdin(b"", terminal=True))
     return run(capsys, "-i", "-m", "4", "-t", "0", *options, code=code)
 
 

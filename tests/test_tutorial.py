@@ -35,12 +35,12 @@ def program(pages=None):
     return [block for page in TUTORIAL[:pages] for block in blocks(page) if block.language == "python"]
 
 
-def own():
+def checks():
     """The blocks that are not part of examples/gpt2_in_one_file.py: checks and their helpers."""
     return [block for block in program() if "quotes" not in block.options]
 
 
-def differs(printed, expected):
+def difference(printed, expected):
     """A description of the first difference between the printed and the expected output, or None.
 
     Numbers with a decimal point may differ by 2 %, because rounding errors grow during training. Numbers below 1e-8 are
@@ -101,14 +101,14 @@ def test_the_program_prints_the_output_shown_on_the_page(page, run):
         elif "varies" in output.options:
             assert len(printed.splitlines()) == len(output.code.splitlines()), block.name
         else:
-            assert differs(printed, output.code) is None, f"{block.name}: {differs(printed, output.code)}"
+            assert difference(printed, output.code) is None, f"{block.name}: {difference(printed, output.code)}"
 
 
 def test_wrong_output_is_detected():
     text = "gelu: largest difference 3.6e-11\nstep 10  loss 3.455  710 tokens/s\n[0.  0.5]"
-    assert differs(text, text) is None
+    assert difference(text, text) is None
     for old, new in (("3.6e-11", "9.9e-09"), ("3.455", "3.456"), ("710", "1,710"), ("0.  0.5", "0.0 0.500")):
-        assert differs(text.replace(old, new), text) is None
+        assert difference(text.replace(old, new), text) is None
     for old, new in (
         ("3.6e-11", "1.1e-05"),
         ("3.455", "3.555"),
@@ -117,7 +117,7 @@ def test_wrong_output_is_detected():
         (" 0.5", ""),
         ("0.5", "-0.5"),
     ):
-        assert differs(text.replace(old, new), text) is not None, new
+        assert difference(text.replace(old, new), text) is not None, new
 
 
 def test_each_page_ends_with_a_check_and_exercises():
@@ -153,7 +153,7 @@ def names_of(code):
 def test_the_checks_do_not_redefine_names_of_the_example():
     parts = set(names_of(EXAMPLE.read_text(encoding="utf-8")))
     assert "Tensor" in parts
-    for block in own():
+    for block in checks():
         assert not parts & set(names_of(block.code)), block.name
 
 
@@ -214,7 +214,7 @@ def test_the_script_draws_the_picture(name, tmp_path):
     drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
     kept = (FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     assert pictures.drawing.STYLE in drawn
-    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background colour is a CSS variable
+    assert "#ffffff" not in drawn.replace(pictures.drawing.STYLE, "")  # the background color is a CSS variable
     texts = [re.findall(r">([^<>\n]+)</text>", svg) for svg in (drawn, kept)]
     assert texts[0] == texts[1]
 

@@ -124,10 +124,10 @@ def axes_of(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
         if isinstance(i, bool) or not isinstance(i, int | numpy.integer):
             raise TypeError(f"{op}: axis is {axis!r}; expected an integer, a tuple of integers or None")
         if not -max(ndim, 1) <= i < max(ndim, 1):
-            raise ValueError(f"{op}: axis {i} is out of range for a tensor with {ndim} axes")
+            raise ValueError(f"{op}: axis {i} is out of range for a {ndim}-d tensor")
     axes = tuple(int(i) % ndim for i in given) if ndim else ()
     if len(set(axes)) < len(axes):
-        raise ValueError(f"{op}: axis {axis!r} repeats an axis of a tensor with {ndim} axes")
+        raise ValueError(f"{op}: axis {axis!r} contains an axis twice")
     return axes
 
 
@@ -135,7 +135,7 @@ def lengths(op: str, given: tuple[Any, ...]) -> tuple[int, ...]:
     """The arguments of reshape(2, 3) or reshape((2, 3)) as a tuple of integers."""
     shape = tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
     if not all(isinstance(n, int | numpy.integer) for n in shape):
-        raise TypeError(f"{op}: the arguments are {', '.join(map(repr, given))}; expected integers, or a tuple of them")
+        raise TypeError(f"{op}: got {', '.join(map(repr, given))}; expected integers, or a tuple of integers")
     return tuple(int(n) for n in shape)
 
 

@@ -233,7 +233,7 @@ def backward(gradients: list[tuple[Edge, Array]], recomputed: int | None = None)
         _run(node, pending)
         if report is not None:
             report(BackwardOperation(node.operation, node, tuple(parents), tuple(map(pending.get, parents))))
-        for parent in reversed(parents):  # in arena order: the gradient of the last registered is final first
+        for parent in reversed(parents):  # in arena order: the last registered parameter's gradient is final first
             if parent is not None and isinstance(parent[0], Leaf):
                 uses[parent[0]] -= 1
                 if not uses[parent[0]]:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tinygrad2 import forks, gpus, machine, memory
 from tinygrad2.array import Array
 from tinygrad2.files import write_error
-from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_take
+from tinygrad2.kernels.cuda import CudaKernels, Kernel, cpp_type, ordering_event, tensor_cores_support
 from tinygrad2.precision import Precision, PrecisionLike
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Backend:
         """Copy a flat array back from its staging memory, without waiting for the device."""
 
     def memory(self) -> tuple[int, int] | None:
-        """(free, total) bytes of device memory, or None if the device uses the host's memory."""
+        """Return (free, total) bytes of device memory, or None if the device uses the host's memory."""
         return None
 
     def name(self) -> str:
@@ -249,7 +249,7 @@ class Cuda:
             return f"{wanted.name} needs a GPU with compute capability 8.0 or higher; this one has {capability / 10}"
         if wanted.copies and self.launchers is None:
             return f"{wanted.name} needs the CUDA kernels, which TINYGRAD2_KERNELS=reference disables"
-        if wanted.copies and head_size is not None and not tensor_cores_take(head_size):
+        if wanted.copies and head_size is not None and not tensor_cores_support(head_size):
             return f"{wanted.name} needs a head size that is a multiple of 16, at most 128; got {head_size}"
         return None
 
@@ -478,14 +478,14 @@ def kernel_table(base: ModuleType | SimpleNamespace, overrides: object | None) -
     return SimpleNamespace(**{name: getattr(overrides, name, f) for name, f in kernel_functions(base).items()})
 
 
-def _textbook() -> bool:
+def _reference_only() -> bool:
     """Whether to use only reference.py."""
     return os.environ.get("TINYGRAD2_KERNELS") == "reference"
 
 
 def _cpu_overrides() -> ModuleType | None:
     """The compiled kernels; None if TINYGRAD2_KERNELS=reference is set or Numba cannot be imported."""
-    if _textbook():
+    if _reference_only():
         return None
     try:
         from tinygrad2.kernels import cpu
@@ -542,7 +542,7 @@ def get_backend(device: str = "cpu") -> Backend:
         raise ValueError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}{hint}")
     if device == "cpu":
         return _backends[device]
-    backend = _backends.get(device) or register(CudaBackend(_import_cupy(), plain=_textbook()))
+    backend = _backends.get(device) or register(CudaBackend(_import_cupy(), plain=_reference_only()))
     assert isinstance(backend, CudaBackend)
     backend.check_gpu()
     return backend

@@ -1,6 +1,7 @@
 """Diagnostics for gpt2/doctor.py: the BLAS library, the compiled kernels, the GPU.
 
-Each function may crash or hang in another library's code, so call it in a separate process. Results are valid JSON.
+Each function may crash or hang in another library's code, so call it in a separate process. The results can be
+serialized as JSON.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class NcclComm:
         return flat.data.ptr, self._codes[flat.dtype.name]
 
     def _shares(self, flat: Array) -> Iterator[tuple[int, int]]:
-        """(offset in bytes, number of elements) of each rank's share."""
+        """Yield (offset in bytes, number of elements) of each rank's share."""
         for rank in range(self.size):
             start, stop = share(flat.size, rank, self.size)
             yield start * flat.itemsize, stop - start
@@ -335,7 +335,7 @@ class MPIComm:
         self._await(self._bulk.Iallgatherv(self._in_place, [flat, self._layout(len(flat))]))
 
     def _layout(self, n: int) -> tuple[list[int], list[int]]:
-        """(counts, starts) of the shares of n elements, as MPI expects them."""
+        """Return (counts, starts) of the shares of n elements, as MPI expects them."""
         parts = [share(n, rank, self.size) for rank in range(self.size)]
         return [stop - start for start, stop in parts], [start for start, _ in parts]
 
@@ -430,7 +430,7 @@ def world() -> Comm:
 
 
 def _launched() -> tuple[int, int]:
-    """(number of ranks, this rank), from the environment variables of the launcher."""
+    """Return (number of ranks, this rank), from the environment variables of the launcher."""
     for names in LAUNCHERS:
         size, rank = (os.environ.get(name, "") for name in names)
         if size.isdigit() and rank.isdigit():

@@ -144,7 +144,7 @@ def free_name(path: Path, separator: str = "-") -> Path:
 
 def write_error(folder: Path) -> str:
     """The error message when creating a file in a folder (or in its nearest existing parent), or "" if it succeeds."""
-    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"x")
@@ -205,7 +205,7 @@ class Lock:
         threading.Thread(target=self._renew, args=(handle,), name="lock", daemon=True).start()
 
     def _own(self, handle: int, locked: bool | None) -> None:
-        """Write this process into the file as the owner. Raises ValueError if another process holds the lock.
+        """Write this process to the file as its owner. Raises ValueError if another process holds the lock.
 
         locked  whether the operating system has granted the lock; None if the file system does not support locks.
         """

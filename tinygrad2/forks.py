@@ -1,11 +1,12 @@
 """Forks of a process while other threads compute.
 
-A forked process has only the thread that forked, but a copy of all memory: a lock that another thread held stays locked
-there, and the first product that needs it never returns. BLAS libraries have such locks, and so have Numba's compiler
-and the memory pool. Therefore os.fork, which multiprocessing uses too, waits until no other thread computes a product
-or holds one of these locks, and new products wait until the fork is done.
+A child process has a copy of all memory, but only the thread that forked. A lock that another thread held is never
+released in the child, so a matrix product that needs the lock does not return. BLAS libraries have such locks, and so
+do Numba's compiler and the memory pool. Therefore os.fork, which multiprocessing also uses, waits until no other thread
+computes a product or holds one of these locks, and new products wait until the fork is complete.
 
-Python's hooks do this. Compiled code that forks does not call them; it is safe only if it then starts another program.
+This uses the hooks of os.register_at_fork. A fork in compiled code does not call them, and is safe only if the child
+process then starts another program.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any, ClassVar
 import numpy
 
 lock = threading.RLock()  # for this module and threads.py; re-entrant, since a signal handler may fork
-locks: list[Any] = []  # further locks that a fork acquires; a thread that holds one must not enter `computing`
-worker = threading.local()  # the attribute `inside` is set in the threads of kernels/pool.py
+locks: list[Any] = []  # other locks to hold during a fork; a thread that holds one must not enter `computing`
+worker = threading.local()  # has the attribute `inside` in the threads of kernels/pool.py
 _changed = threading.Condition(lock)
-_waiting = 0  # the number of threads that wait to fork
-Identity = tuple[int, int]  # the thread that entered a context, and the context's id: a reference would keep it alive
-_open: list[set[Identity]] = []  # the contexts that have been entered, by class
+_waiting = 0  # the number of threads that are waiting to fork
+Identity = tuple[int, int]  # a thread, and the id of its context (a reference would keep the context alive)
+_open: list[set[Identity]] = []  # for each class, its active contexts
 
 
 class computing:  # noqa: N801 - used as a function
@@ -41,7 +42,7 @@ class computing:  # noqa: N801 - used as a function
     def __enter__(self) -> None:
         with lock:
             if _waiting:
-                _let_forks_pass()
+                _wait_for_forks()
             self.identity = threading.get_ident(), id(self)
             self.open.add(self.identity)
 
@@ -52,7 +53,7 @@ class computing:  # noqa: N801 - used as a function
                 _changed.notify_all()
 
     def __del__(self) -> None:
-        if self.identity in self.open:  # an interrupt came before __exit__
+        if self.identity in self.open:  # it was interrupted before __exit__
             self.__exit__()
 
 
@@ -60,13 +61,13 @@ _open.append(computing.open)
 
 
 def _threads() -> set[int]:
-    """The threads that are in a context."""
+    """The threads with an active context."""
     return {thread for contexts in _open for thread, _ in list(contexts)}
 
 
-def _let_forks_pass() -> None:
-    """Wait for the forks that other threads wait for, unless this thread is in a context, or is a worker: its caller
-    is in one."""
+def _wait_for_forks() -> None:
+    """Wait until no other thread is waiting to fork. Returns immediately if this thread has an active context, or is a
+    worker, whose caller has one."""
     while _waiting and not hasattr(worker, "inside") and threading.get_ident() not in _threads():
         _changed.wait()
 
@@ -74,7 +75,7 @@ def _let_forks_pass() -> None:
 def _before_fork() -> None:
     global _waiting
     if hasattr(worker, "inside"):
-        return  # its caller waits for it, inside a context
+        return  # its caller has an active context, and is waiting for it
     lock.acquire()
     _waiting += 1
     try:
@@ -82,15 +83,15 @@ def _before_fork() -> None:
             _changed.wait()
     finally:
         _waiting -= 1
-    for further in locks:
-        further.acquire()
+    for other in locks:
+        other.acquire()
 
 
 def _after_fork() -> None:
     if hasattr(worker, "inside"):
         return
-    for further in reversed(locks):
-        further.release()
+    for other in reversed(locks):
+        other.release()
     _changed.notify_all()
     lock.release()
 

@@ -14,7 +14,7 @@ from tinygrad2.tensor import Tensor, form_of, record
 def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """function(*inputs), saving only the inputs for the backward pass, which runs the function again.
 
-    This trades time for memory: the backward pass takes one more forward pass, but intermediate results are not saved.
+    This trades time for memory: the backward pass runs the forward pass again, but intermediate results are not saved.
     The function must return a Tensor or a tuple of Tensors, and must be deterministic (like dropout, whose masks depend
     on a key). Results and gradients are bitwise identical to those of function(*inputs). Parameters that the function
     uses also get gradients. For a parameter that is also used elsewhere, Leaf.on_final is called once for each use.

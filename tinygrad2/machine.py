@@ -75,16 +75,16 @@ def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, own: Pat
             continue
         top = root / controller if controllers else root
         folder = top / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            file = place / (name_v1 if controllers else name)
+        for ancestor in (folder, *folder.parents):
+            file = ancestor / (name_v1 if controllers else name)
             if file.is_file():
                 yield file
-            if place == top:
+            if ancestor == top:
                 break
 
 
 def memory() -> tuple[float, float] | None:
-    """(free, total) bytes of main memory, capped at the limit of the control groups, or None if unknown."""
+    """Return (free, total) bytes of main memory, capped at the limit of the control groups, or None if unknown."""
     file = Path("/proc/meminfo")
     if file.is_file():
         found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(encoding="utf-8"), re.MULTILINE))
@@ -201,7 +201,7 @@ def call(command: Sequence[str], seconds: float, **environment: str) -> tuple[st
 
 
 def requirements(root: Path) -> list[tuple[str, ...]]:
-    """(name, lowest supported version, first unsupported version) of every package that the project in `root` needs."""
+    """Return (name, lowest supported version, first unsupported version) of each requirement of the project `root`."""
     import tomllib
 
     file = root / "pyproject.toml"

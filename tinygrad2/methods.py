@@ -125,7 +125,7 @@ class Methods(Generic[T]):
         return self._map("round", lambda np, x: np.rint(x))
 
     def trunc(self) -> T:
-        """The integer part (rounded towards 0); the gradient is 0."""
+        """The integer part (rounded toward 0); the gradient is 0."""
         return self._map("trunc", lambda np, x: np.trunc(x))
 
     def sqrt(self) -> T:
@@ -432,9 +432,9 @@ class Methods(Generic[T]):
         """The sum of (x - mean)^2 over `axis`, divided by n - ddof. The default is that of NumPy; PyTorch's is 1, and
         it calls the argument `correction`."""
         axes, x = axes_of("var", axis, self.ndim), self._float()
-        centred = x - x.mean(axes, keepdims=True)
+        centered = x - x.mean(axes, keepdims=True)
         count = math.prod(self.shape[i] for i in axes) - (ddof if correction is None else correction)
-        return centred.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
+        return centered.square().sum(axes, keepdims) * (1 / count if count > 0 else math.nan)
 
     def std(self, axis: Axis = None, keepdims: bool = False, ddof: float = 0, correction: float | None = None) -> T:
         """The square root of var(). The gradient is 0 where the result is 0."""

@@ -113,7 +113,7 @@ class PyTorchNames:
         return self - self.trunc()
 
     def fmod(self: Any, other: Any) -> Any:
-        """The remainder of x / other rounded towards 0: x - (x / other).trunc() * other."""
+        """The remainder of x / other rounded toward 0: x - (x / other).trunc() * other."""
         return self - (self / other).trunc() * other
 
     def movedim(self: Any, source: builtins.int, destination: builtins.int) -> Any:
@@ -155,7 +155,7 @@ class PyTorchNames:
         return self.std(dim, keepdim, correction=correction), self.mean(dim, keepdim)
 
     def isclose(self: Any, other: Any, rtol: builtins.float = 1e-5, atol: builtins.float = 1e-8) -> Any:
-        """Whether |x - other| <= atol + rtol |other|, element-wise. No gradient."""
+        """Whether |x - other| <= atol + rtol |other|, elementwise. No gradient."""
         return (self.detach() - other).abs() <= (self * 0.0 + other).detach().abs() * rtol + atol
 
     def numel(self: Any) -> builtins.int:

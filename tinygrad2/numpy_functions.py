@@ -278,8 +278,8 @@ def nanmean(a: Tensor, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
 
 
 def nanvar(a: Tensor, axis: Axis = None, *, ddof: float = 0, keepdims: bool = False) -> Tensor:
-    centred = _without_nan(a - nanmean(a, axis, keepdims=True), 0)
-    return centred.square().sum(axis, keepdims) / ((~a.isnan()).sum(axis, keepdims) - ddof)
+    centered = _without_nan(a - nanmean(a, axis, keepdims=True), 0)
+    return centered.square().sum(axis, keepdims) / ((~a.isnan()).sum(axis, keepdims) - ddof)
 
 
 def nanstd(a: Tensor, axis: Axis = None, *, ddof: float = 0, keepdims: bool = False) -> Tensor:

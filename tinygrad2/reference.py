@@ -329,9 +329,9 @@ def layernorm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple
     x (..., C), w and b (C,) -> y (..., C), mean (..., 1), rstd (..., 1).   Source: arXiv:1607.06450, eq. 4.
     """
     mean = np.mean(x, axis=-1, keepdims=True)
-    centred = x - mean
-    rstd = inverse_rms(centred, eps)
-    return centred * rstd * weight + bias, mean, rstd
+    centered = x - mean
+    rstd = inverse_rms(centered, eps)
+    return centered * rstd * weight + bias, mean, rstd
 
 
 def inverse_rms(x: Array, eps: float) -> Array:
@@ -393,7 +393,7 @@ QUERY_ROWS = 128  # rows of scores per block, so that memory is linear in T and 
 
 
 def query_blocks(T: int) -> list[tuple[slice, slice]]:
-    """(rows, cols) for each block of queries. cols are the keys up to its last row; the rows attend to no others."""
+    """Return (rows, cols) for each block of queries. cols are the keys up to its last row; it attends to no others."""
     return [(slice(i, min(i + QUERY_ROWS, T)), slice(0, min(i + QUERY_ROWS, T))) for i in range(0, T, QUERY_ROWS)]
 
 

@@ -132,7 +132,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
         self.leaf.grad = None if value is None else gradient_array(value, self.leaf, "grad")
 
     def numpy(self) -> HostArray:
-        """The values as a NumPy array on the host (for the CPU, a view of the tensor's memory)."""
+        """The values as a NumPy array on the host (on the CPU, a view of the tensor's memory)."""
         return self.backend.to_host(self.data)
 
     def item(self) -> float:
@@ -291,25 +291,27 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             y = backend_of(self.data).kernels.getitem_forward(self.data, index)
         except (IndexError, ValueError):
             described = arguments.describe_index(index)
-            raise IndexError(f"indexing: [{described}] does not fit a tensor of shape {self.shape}") from None
+            raise IndexError(
+                f"indexing: [{described}] is not a valid index for a tensor of shape {self.shape}"
+            ) from None
         except TypeError:
             described = arguments.describe_index(index)
             raise TypeError(f"indexing: [{described}]: slice indices must be integers or None") from None
         return record(y, (self,), _getitem_backward, (index,))
 
     def exp(self) -> Tensor:
-        """e^x, element-wise."""
+        """e^x, elementwise."""
         x = _float(self)
         y = backend_of(x.data).kernels.exp_forward(x.data)
         return record(y, (x,), "exp_backward", (y,))
 
     def log(self) -> Tensor:
-        """The natural logarithm, element-wise."""
+        """The natural logarithm, elementwise."""
         x = _float(self)
         return record(backend_of(x.data).kernels.log_forward(x.data), (x,), "log_backward", (x.data,))
 
     def tanh(self) -> Tensor:
-        """The hyperbolic tangent, element-wise."""
+        """The hyperbolic tangent, elementwise."""
         x = _float(self)
         y = backend_of(x.data).kernels.tanh_forward(x.data)
         return record(y, (x,), "tanh_backward", (y,))
@@ -342,7 +344,7 @@ class Tensor(Comparisons["Tensor"], PyTorchNames, Protocols):
             y = self.data.reshape(wanted)
         except ValueError:
             raise ValueError(
-                f"reshape: the tensor has shape {self.shape}, {self.size} elements, which do not fit in {wanted}"
+                f"reshape: the tensor has shape {self.shape}, which cannot be reshaped to {wanted}"
             ) from None
         return record(y, (self,), _reshape_backward, (self.shape,))
 

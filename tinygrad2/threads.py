@@ -30,7 +30,7 @@ _before: list[
 
 
 def count() -> int:
-    """The number of threads to compute with."""
+    """The number of threads to use."""
     return _count
 
 
@@ -54,8 +54,8 @@ def parts(n: int, grain: int) -> list[tuple[int, int]]:
 
 
 class blas_on_one_thread(forks.computing):  # noqa: N801 - used as a function
-    """A context manager in which BLAS uses only the calling thread, and no other thread forks. The last active one
-    restores the old setting."""
+    """A context manager in which BLAS uses only the calling thread, and no other thread forks. When the last active
+    one exits, it restores the old setting."""
 
     def __enter__(self) -> None:
         global _before
@@ -90,8 +90,8 @@ def _blas() -> list[BlasLibrary]:
 def _openblas(found: Any) -> BlasLibrary:
     """The functions of a library that threadpoolctl has found; those of OpenBLAS itself if it has threads of its own.
 
-    Since version 3.8 threadpoolctl ignores changes of OpenBLAS's number of threads by all Python threads but one. A
-    second thread that trains would then use OpenBLAS's threads, which compete with the pool's: 10 to 50 times slower.
+    Since version 3.8, threadpoolctl lets only one Python thread change OpenBLAS's number of threads. A second thread
+    that trains would then use OpenBLAS's threads, which compete with the pool's, and be 10 to 50 times slower.
     PyDLL keeps the GIL during these calls, which take nanoseconds.
     """
     if found.internal_api == "openblas" and found.threading_layer != "openmp":

@@ -1,5 +1,5 @@
-"""Malicious input of data/prepare.py: it rejects small files that expand to large data with a one-line error, in little
-time and memory, and starts over if the journal is damaged."""
+"""Malicious input to data/prepare.py: it rejects small files that expand to large data with a one-line error, using
+little time and memory, and starts over if the journal is damaged."""
 
 import gzip
 import json

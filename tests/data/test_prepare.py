@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data.prepare import PART_BYTES, main, prepare, read_parts, side_of
+from data.prepare import PART_BYTES, main, prepare, read_parts, split_of
 from data.sources import find_sources
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = Tokenizer.load("bytes")
-ALL_TRAIN = 1e-15  # validation fraction so small that validation gets only the last token; train + val is the text
+ALL_TRAIN = 1e-15  # a fraction so small that validation gets only the last token; train + val is the text
 
 
 def silent(line):
@@ -70,7 +70,7 @@ def varied_text(size, seed=0):
     return "".join(out)
 
 
-def tiny_jobs(folder):
+def write_sources(folder):
     """Write sources of several kinds, about 600 kB; some documents have many parts."""
     folder.mkdir()
     (folder / "a.txt").write_text(varied_text(250_000, 1), encoding="utf-8")
@@ -117,10 +117,10 @@ def test_hidden_files_are_ignored_and_non_text_files_are_listed(tmp_path):
     }.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)
-    said = []
-    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
+    messages = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=messages.append)
     assert texts_of(stream_of(tmp_path / "out")) == ["text"]
-    assert said[0] == f"{tmp_path / 'in'}: skipped 2 files that are not text: b.png, c.json"
+    assert messages[0] == f"{tmp_path / 'in'}: skipped 2 files that are not text: b.png, c.json"
 
 
 def test_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path):
@@ -185,7 +185,7 @@ def test_equal_parts_are_never_in_both_splits(tmp_path):
     assert len(train) + len(val) == 2000
     assert not set(train) & set(val)
     assert 0.07 < len(val) / 2000 < 0.13
-    assert [side_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
+    assert [split_of(text.encode(), 0.1) for text in val] == ["val"] * len(val)
 
 
 def test_end_of_text_follows_each_run_of_parts_in_one_split(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_end_of_text_follows_each_run_of_parts_in_one_split(tmp_path, monkeypatc
     out = make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=0.3)
     runs = []
     for part in read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0]):
-        side = side_of(part.data, 0.3)
+        side = split_of(part.data, 0.3)
         if not runs or runs[-1][0] != side:
             runs.append((side, b""))
         runs[-1] = (side, runs[-1][1] + part.data)
@@ -213,14 +213,14 @@ def test_neither_split_is_empty(tmp_path, monkeypatch, fraction, shard_tokens):
     tokens = {split: TokenDataset.open(out, split).tokens for split in SPLITS}
     assert tokens["train"] + tokens["val"] == 100
     assert tokens["val"] == {ALL_TRAIN: 1, 0.25: 25}.get(fraction, 99)
-    order = SPLITS if side_of(b"a" * 99, fraction) == "train" else SPLITS[::-1]
+    order = SPLITS if split_of(b"a" * 99, fraction) == "train" else SPLITS[::-1]
     joined = np.concatenate([ids_of(out, split) for split in order])
     assert texts_of(joined) == ["a" * 99]
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 4096, 10**9])
 def test_shards_have_at_most_shard_tokens_tokens(tmp_path, shard_tokens):
-    out = make([tiny_jobs(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
+    out = make([write_sources(tmp_path / "in")], tmp_path / "out", shard_tokens=shard_tokens)
     whole = make([tmp_path / "in"], tmp_path / "whole")
     shards = json.loads((out / MANIFEST).read_text())["shards"]
     for split in SPLITS:
@@ -276,15 +276,15 @@ def write_filtered(folder):
 
 
 def test_filters_drop_documents_and_count_them(tmp_path):
-    said = []
+    messages = []
     sources = [str(write_filtered(tmp_path / "in"))]
-    out = prepare(sources, "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append, **ALL_FILTERS)
+    out = prepare(sources, "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=messages.append, **ALL_FILTERS)
     kept = [text for text, _, reason in FILTERED if reason == ""]
     assert texts_of(stream_of(out)) == [*kept, (tmp_path / "in" / "c.txt").read_bytes().decode()]
     manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["documents"] == len(kept) + 1
     assert manifest["dropped"] == {"filters": ALL_FILTERS, "documents": {"duplicate": 5, "short": 1, "wikipedia": 2}}
-    assert said[-1].endswith("; dropped 5 duplicate, 1 short, 2 wikipedia")
+    assert messages[-1].endswith("; dropped 5 duplicate, 1 short, 2 wikipedia")
     assert sorted(file.name for file in out.iterdir()) == [
         MANIFEST,
         "train-00000.bin",
@@ -321,12 +321,12 @@ def test_a_large_job_starts_with_an_estimate(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(varied_text(300_000), encoding="utf-8", newline="")
     size = (tmp_path / "a.txt").stat().st_size
     monkeypatch.setattr(module, "ESTIMATE_BYTES", size)
-    said = []
-    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, threads=2)
+    messages = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=messages.append, threads=2)
     tokens, need, free = re.fullmatch(
         rf"{tmp_path}/out.partial: about ([\d,]+) tokens: (\d+\.\d\d) GB of the (\d+\.\d\d) GB free, and "
         r"\d+:\d\d:\d\d at \d+\.\d MB of text per second on 2 threads, if the source is fast enough",
-        said[0],
+        messages[0],
     ).groups()
     assert int(tokens.replace(",", "")) == float(f"{size:.2g}")
     assert float(need) == round(2 * size / 1e9, 2)
@@ -350,7 +350,7 @@ def test_lack_of_disk_space_is_reported_before_the_work_starts(tmp_path, monkeyp
 
 
 def test_number_of_threads_does_not_change_the_shards(tmp_path):
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     expected = contents(make([tmp_path / "in"], tmp_path / "one", threads=1))
     assert contents(make([tmp_path / "in"], tmp_path / "five", threads=5)) == expected
 
@@ -359,7 +359,7 @@ def test_number_of_threads_does_not_change_the_shards(tmp_path):
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["no filters", "filters"])
 def test_interruptions_do_not_change_the_shards(tmp_path, monkeypatch, calls, filters):
     """The preparation is interrupted repeatedly, after a number of appends, until it completes."""
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     write_filtered(tmp_path / "in" / "filtered")
     options = {"shard_tokens": 30_000, "val_fraction": 0.2, "threads": 2, **filters}
     expected = contents(make([tmp_path / "in"], tmp_path / "expected", **options))
@@ -412,9 +412,9 @@ def test_interruption_while_the_splits_are_filled(tmp_path, monkeypatch, where, 
         patch.setattr(owner, where, failing)
         with pytest.raises(KeyboardInterrupt):
             make([tmp_path / "a.txt"], tmp_path / "out", **options)
-    said = []
-    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append, **options)
-    assert "resuming after 1 documents" in said[0]
+    messages = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=messages.append, **options)
+    assert "resuming after 1 documents" in messages[0]
     assert contents(tmp_path / "out") == expected
 
 
@@ -429,29 +429,29 @@ def interrupted(tmp_path, monkeypatch, **options):
 
 
 def test_preparation_starts_over_if_a_source_changed(tmp_path, monkeypatch):
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     (tmp_path / "in" / "b.md").write_text("changed")
-    said = []
-    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
-    assert said[0].endswith("the sources or options have changed since the interruption; starting over")
+    messages = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=messages.append)
+    assert messages[0].endswith("the sources or options have changed since the interruption; starting over")
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
 def test_preparation_starts_over_if_an_option_changed(tmp_path, monkeypatch):
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     interrupted(tmp_path, monkeypatch, shard_tokens=5000)
     out = make([tmp_path / "in"], tmp_path / "out")
     assert contents(out) == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
 def test_preparation_starts_over_if_a_shard_is_truncated(tmp_path, monkeypatch):
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     interrupted(tmp_path, monkeypatch)
     os.truncate(tmp_path / "out.partial" / "data" / "train-00000.bin", 100)
-    said = []
-    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=said.append)
-    assert "shards are missing or truncated; starting over" in said[0]
+    messages = []
+    prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", say=messages.append)
+    assert "shards are missing or truncated; starting over" in messages[0]
     assert contents(tmp_path / "out") == contents(make([tmp_path / "in"], tmp_path / "expected"))
 
 
@@ -481,9 +481,9 @@ def test_control_c_prints_one_line_and_the_same_command_resumes(tmp_path):
     assert process.returncode == 130
     assert errors.strip() == "data/prepare.py: interrupted; the same command resumes"
     assert not (tmp_path / "out").exists()
-    said = []
-    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=said.append)
-    assert "resuming after 0 documents and" in said[0]
+    messages = []
+    prepare([str(tmp_path / "a.txt")], "bytes", tmp_path / "out", say=messages.append)
+    assert "resuming after 0 documents and" in messages[0]
     assert contents(tmp_path / "out") == contents(make([tmp_path / "a.txt"], tmp_path / "expected"))
 
 
@@ -517,7 +517,7 @@ def test_the_script_finds_its_modules(tmp_path):
 
 
 def test_prepare_runs_in_a_spawned_process(tmp_path):
-    tiny_jobs(tmp_path / "in")
+    write_sources(tmp_path / "in")
     process = multiprocessing.get_context("spawn").Process(
         target=prepare, args=([str(tmp_path / "in")], "bytes", tmp_path / "out")
     )
@@ -570,9 +570,9 @@ def test_stdin_starts_over_after_an_interruption(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             make(["-"], tmp_path / "out")
     set_stdin(b"after")
-    said = []
-    prepare(["-"], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=said.append)
-    assert said[0].endswith("stdin cannot be read again; starting over")
+    messages = []
+    prepare(["-"], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=messages.append)
+    assert messages[0].endswith("stdin cannot be read again; starting over")
     assert texts_of(stream_of(tmp_path / "out")) == ["after"]
 
 
@@ -753,7 +753,7 @@ def with_added_token(folder):
 # Small texts
 
 
-def split_of(folder):
+def splits_of(folder):
     """The text of each split, without end-of-text tokens."""
     return {split: "".join(texts_of(ids_of(folder, split))) for split in SPLITS}
 
@@ -774,7 +774,7 @@ def small_texts():
 @pytest.mark.parametrize("text", list(small_texts()))
 def test_the_validation_split_of_a_small_text_has_the_requested_fraction(tmp_path, text, fraction):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    found = split_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
+    found = splits_of(make([tmp_path / "a.txt"], tmp_path / "out", val_fraction=fraction))
     sizes = {split: len(part.encode()) for split, part in found.items()}
     assert sum(sizes.values()) == len(text.encode())
     assert sizes["val"] == pytest.approx(fraction * len(text.encode()), rel=0.1)
@@ -789,7 +789,7 @@ def test_equal_documents_of_a_small_text_are_in_the_same_split(tmp_path):
     out = make([tmp_path / "a.jsonl"], tmp_path / "out", val_fraction=0.1)
     train, val = (set(texts_of(ids_of(out, split))) for split in SPLITS)
     assert not train & val
-    size = len("".join(split_of(out)["val"]))
+    size = len("".join(splits_of(out)["val"]))
     assert size == pytest.approx(0.1 * len("".join(documents)), rel=0.1)
 
 
@@ -797,8 +797,8 @@ def test_a_text_above_a_million_bytes_is_split_by_hashes_of_its_parts(tmp_path):
     (tmp_path / "a.txt").write_text(varied_text(1_100_000), encoding="utf-8", newline="")
     out = make([tmp_path / "a.txt"], tmp_path / "out")
     parts = read_parts(find_sources([str(tmp_path / "a.txt")], "text", silent), [0, 0, 0])
-    expected = "".join(part.data.decode() for part in parts if side_of(part.data, 0.05) == "val")
-    assert split_of(out)["val"] == expected
+    expected = "".join(part.data.decode() for part in parts if split_of(part.data, 0.05) == "val")
+    assert splits_of(out)["val"] == expected
 
 
 @pytest.mark.parametrize("calls", [1, 20, 60])
@@ -829,7 +829,7 @@ def test_stdin_is_split_like_a_file(tmp_path):
     make([tmp_path / "a.txt"], tmp_path / "file")
     command = [sys.executable, ROOT / "data" / "prepare.py", "-", "--tokenizer", "bytes", "--out", tmp_path / "stdin"]
     subprocess.run(command, input=text.encode(), check=True, capture_output=True)
-    assert split_of(tmp_path / "stdin") == split_of(tmp_path / "file")
+    assert splits_of(tmp_path / "stdin") == splits_of(tmp_path / "file")
 
 
 @pytest.mark.parametrize("special_tokens", [False, True])

@@ -27,7 +27,7 @@ from gpt2.training.dataset import MANIFEST, SPLITS, TokenDataset
 ROOT = Path(__file__).resolve().parents[2]
 with_pyarrow = pytest.mark.extras("pyarrow")
 with_hub = pytest.mark.extras("huggingface_hub", "pyarrow")
-ALL_TRAIN = 1e-15  # validation fraction so small that validation gets only the last token; train + val is the text
+ALL_TRAIN = 1e-15  # a fraction so small that validation gets only the last token; train + val is the text
 
 
 def silent(line):
@@ -47,8 +47,8 @@ def documents_of(path, start=0, text_key="text"):
 
 
 def varied_documents(count, seed=0):
-    """Texts with quotes, commas, newlines and characters of one to four bytes. Some are empty, some longer than a
-    part."""
+    """Texts with quotes, commas, newlines and characters of one to four bytes. Some are empty; some are longer
+    than a part."""
     rng = np.random.default_rng(seed)
     pieces = ["the ", "naïve ", "日本語", "🙂", '"', ",", "\n", "\r\n", "a" * 300, " ", "'"]
     lengths = rng.choice([0, 1, 10, 100, 1000], size=count)
@@ -90,7 +90,7 @@ WRITERS = {".jsonl": write_json_lines, ".csv": write_csv, ".parquet": write_parq
 
 
 def write(folder, name, texts):
-    """Write the texts to a file in the format that its extensions name."""
+    """Write the texts to a file in the format given by its extensions."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     if path.suffix in WRITERS:
@@ -240,11 +240,11 @@ def test_a_folder_with_all_formats(tmp_path):
     for i, name in enumerate(FORMATS):
         write(tmp_path / "in", f"{i}{name}", [f"{name} {k}" for k in range(3)])
     (tmp_path / "in" / "z.npy").write_bytes(b"\x93NUMPY\0")
-    said = []
-    options = {"val_fraction": ALL_TRAIN, "say": said.append}
+    messages = []
+    options = {"val_fraction": ALL_TRAIN, "say": messages.append}
     out = prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", **options)
     assert texts_of(out) == [f"{name} {k}" for name in FORMATS for k in range(3)]
-    assert said[0].endswith("skipped 1 files that are not text: z.npy")
+    assert messages[0].endswith("skipped 1 files that are not text: z.npy")
 
 
 def test_text_column_option_and_default_out(tmp_path, monkeypatch):
@@ -267,7 +267,7 @@ def test_text_size_is_approximately_correct(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", parameters(["a.parquet", "a.jsonl.gz", "a.csv.zst"]))
 def test_memory_does_not_grow_with_the_input(tmp_path, name):
-    """The peak memory for 36 MB of text is that for 12 MB, up to the noise of allocators."""
+    """The peak memory for 36 MB of text equals that for 12 MB, apart from allocator noise."""
     code = (
         "import re, sys; from data.prepare import prepare;"
         "prepare([sys.argv[1]], 'bytes', sys.argv[2], threads=2);"
@@ -331,7 +331,7 @@ def wrong_column_type(folder):
     return folder / "a.parquet"
 
 
-def other_column(folder):
+def missing_column(folder):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -360,7 +360,7 @@ DAMAGE = [
     (damaged("b.bin.gz", gzip.compress(b"\0\1")), "b.bin.gz: not text; expected text in UTF-8, JSON lines"),
     (truncated("a.parquet", keep=0), "a.parquet: the file is damaged or truncated ("),
     (wrong_column_type, "a.parquet: the column 'text' has the type int64; expected string (--text-column)"),
-    (other_column, "a.parquet: no column 'text' (--text-column); the columns are 'id', 'body'"),
+    (missing_column, "a.parquet: no column 'text' (--text-column); the columns are 'id', 'body'"),
     (row_not_utf8, "a.parquet: row 2: byte 0 is not UTF-8 (0xff)"),
     (damaged("a.csv", b"id,body\n1,x\n"), "a.csv: no column 'text' (--text-column); the columns are 'id', 'body'"),
     (damaged("a.csv", b"text,b\nx,1\n\ny,2,3\n"), "a.csv: line 4: not valid CSV (3 fields, the header has 2)"),
@@ -415,25 +415,25 @@ class Hub(ThreadingHTTPServer):
     """Responds like the Hugging Face hub: lists the files of a revision and, after a redirect, serves byte ranges.
 
     files     contents by path.
-    asked     (path, first byte, last byte) of every request for a file.
-    trouble   called with the number of the request for a file; returns "cut" (the connection breaks halfway), an HTTP
+    requests  (path, first byte, last byte) of every request for a file.
+    failure   called with the number of the request for a file; returns "cut" (the connection breaks halfway), an HTTP
               status, or None.
     """
 
     daemon_threads = True
 
     def __init__(self, repo, revision, files):
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), HubHandler)
         self.repo, self.revision, self.files = repo, revision, files
-        self.asked = []
-        self.trouble = lambda n: None
+        self.requests = []
+        self.failure = lambda n: None
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self):  # http.server requires this name
@@ -460,16 +460,16 @@ class Answer(BaseHTTPRequestHandler):
     def send_file(self, name):
         hub = self.server
         first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
-        hub.asked.append((name, first, last))
-        trouble = hub.trouble(len(hub.asked))
+        hub.requests.append((name, first, last))
+        failure = hub.failure(len(hub.requests))
         data = hub.files[name][first : last + 1]
-        if trouble == "cut":
+        if failure == "cut":
             self.send_response(206)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
-        elif trouble:
-            self.reply(trouble, b"")
+        elif failure:
+            self.reply(failure, b"")
         else:
             self.reply(206, data, {"Content-Range": f"bytes {first}-{last}/{len(hub.files[name])}"})
 
@@ -526,7 +526,7 @@ def expected_fineweb():
 
 @with_hub
 def test_a_data_set_is_streamed_from_the_hub(hub, tmp_path):
-    hub.trouble = {3: "cut"}.get
+    hub.failure = {3: "cut"}.get
     done = prepare_in_process(hub.url, tmp_path, "fineweb-edu", "--val-fraction", str(ALL_TRAIN))
     assert done.returncode == 0, done.stderr
     assert texts_of(tmp_path / "out") == expected_fineweb()
@@ -544,7 +544,9 @@ def test_a_data_set_is_streamed_from_the_hub(hub, tmp_path):
 @with_hub
 def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
     """The hub returns errors in the middle of file 9, while 20 parts (one and a half files) wait for the threads."""
-    hub.trouble = lambda n: 403 if "009_" in hub.asked[-1][0] and hub.asked[-1][1] in range(20_000, 40_000) else None
+    hub.failure = lambda n: (
+        403 if "009_" in hub.requests[-1][0] and hub.requests[-1][1] in range(20_000, 40_000) else None
+    )
     small = "p.JOURNAL_BYTES = 1; p.BATCH_PARTS = 1; sources.HUB_BLOCK_BYTES = 1 << 12"
     options = ("fineweb-edu", "--val-fraction", "0.2", "--threads", "2")
     first = prepare_in_process(hub.url, tmp_path, *options, code=small)
@@ -554,12 +556,12 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub, tmp_path):
         f"data/prepare.py: error: {hub.repo}@{hub.revision}/sample/10BT/009_00000.parquet: cannot be read"
     )
     assert line.endswith("; repeat the command later to resume")
-    before = len(hub.asked)
-    hub.trouble = lambda n: None
+    before = len(hub.requests)
+    hub.failure = lambda n: None
     second = prepare_in_process(hub.url, tmp_path, *options, code=small)
     assert second.returncode == 0, second.stderr
     assert "resuming after 1" in second.stdout
-    again = hub.asked[before:]
+    again = hub.requests[before:]
     assert {name[12:15] for name, *_ in again} == {"007", "008", "009", "010", "011", "012", "013"}
     file_7 = "sample/10BT/007_00000.parquet"
     assert sum(last - first for name, first, last in again if name == file_7) < 0.9 * len(hub.files[file_7])
@@ -592,7 +594,7 @@ def test_named_hub_data_sets():
 # Shakespeare, and the corpus from pydoc.
 
 
-class Play(BaseHTTPRequestHandler):
+class ShakespeareHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.server.text)))
@@ -605,7 +607,7 @@ class Play(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def play(monkeypatch):
-    with running(ThreadingHTTPServer(("127.0.0.1", 0), Play)) as server:
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), ShakespeareHandler)) as server:
         server.text, server.sent = b"First Citizen:\n" * 5000, 10**9
         monkeypatch.setattr(module, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
         monkeypatch.setattr(module, "SHAKESPEARE_SHA256", hashlib.sha256(server.text).hexdigest())
@@ -661,9 +663,9 @@ def test_pydoc_corpus_imports_no_modules():
 
 def test_pydoc_without_topics(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    said = []
-    texts = pydoc_corpus(said.append)
-    assert said == ["pydoc: this Python has no pydoc_data.topics; using only the docstrings"]
+    messages = []
+    texts = pydoc_corpus(messages.append)
+    assert messages == ["pydoc: this Python has no pydoc_data.topics; using only the docstrings"]
     assert sum(map(len, texts)) > 500_000
 
 

@@ -57,13 +57,13 @@ def replace_source(monkeypatch: pytest.MonkeyPatch, family: str | Path, source: 
 
 def without(source: str, function: str, old: str, number: int) -> str:
     """`source` without occurrence `number` of `old` in a function. Raises AssertionError if there is none."""
-    places = [
+    starts = [
         start + match.start()
         for start, stop in _bodies(source, function)
         for match in re.finditer(re.escape(old), source[start:stop])
     ]
-    assert number < len(places), f"{function!r} contains {old!r} {len(places)} times, not {number + 1}"
-    return source[: places[number]] + source[places[number] + len(old) :]
+    assert number < len(starts), f"{function!r} contains {old!r} {len(starts)} times, not {number + 1}"
+    return source[: starts[number]] + source[starts[number] + len(old) :]
 
 
 def _bodies(source: str, name: str) -> Iterator[tuple[int, int]]:

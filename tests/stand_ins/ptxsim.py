@@ -84,24 +84,24 @@ inline char* ptx_generic(uint64_t at, size_t size) {  // shared memory of any bl
   }
   return ptx_global(at, size);
 }
-inline uint32_t ptx_shfl(uint32_t x, uint32_t mask, int from, int most, bool& there) {
-  there = from <= most;
-  return cudasim_shfl(mask, x, there ? from : cudasim::cur % 32);
+inline uint32_t ptx_shfl(uint32_t x, uint32_t mask, int from, int most, bool& in_range) {
+  in_range = from <= most;
+  return cudasim_shfl(mask, x, in_range ? from : cudasim::cur % 32);
 }
 """
 
 
 def translate(ptx: str) -> tuple[str, int]:
     """C++ for the kernels in a PTX module, and the size of static shared memory, which precedes the dynamic part."""
-    static, places = 0, {}
+    static, addresses = 0, {}
     for alignment, bits, name, count in SHARED.findall(ptx):
         static = -(-static // int(alignment)) * int(alignment)
-        places[name] = static
+        addresses[name] = static
         static += int(bits) // 8 * int(count or 1)
     static = -(-static // 128) * 128
-    places |= dict.fromkeys(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", ptx), static)
+    addresses |= dict.fromkeys(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", ptx), static)
     cluster = re.search(r"\.reqnctapercluster (\d+)", ptx)
-    functions = [_Function(*found, places, int(cluster[1]) if cluster else 1) for found in FUNCTION.findall(ptx)]
+    functions = [_Function(*found, addresses, int(cluster[1]) if cluster else 1) for found in FUNCTION.findall(ptx)]
     functions.sort(key=lambda function: function.kind == "entry")  # called functions come first
     return HEAD + "\n".join(map(str, functions)), static
 
@@ -110,9 +110,9 @@ class _Function:
     """A kernel, or a function that kernels call."""
 
     def __init__(
-        self, kind: str, name: str, parameters: str, attributes: str, body: str, places: dict[str, int], cluster: int
+        self, kind: str, name: str, parameters: str, attributes: str, body: str, addresses: dict[str, int], cluster: int
     ):
-        self.kind, self.name, self.places, self.cluster = kind, name, places, cluster
+        self.kind, self.name, self.addresses, self.cluster = kind, name, addresses, cluster
         self.parameters = [
             (f"Bytes<{count}>" if count else TYPES[type_], each) for type_, each, count in PARAMETER.findall(parameters)
         ]
@@ -184,8 +184,8 @@ class _Function:
             return "(uint32_t)(cudasim::cur % 32)"
         if match := re.match(r"0f([0-9A-F]{8})$", operand):
             return f"ptx_bits<{wanted}>(0x{match[1]}u)"
-        if operand in self.places:
-            return f"({wanted}){self.places[operand]}"
+        if operand in self.addresses:
+            return f"({wanted}){self.addresses[operand]}"
         if re.match(r"-?\d", operand):
             return f"({wanted}){operand}" + ("ll" if "64" in wanted else "")
         return f"({wanted}){operand}"  # the address of a parameter
@@ -202,7 +202,7 @@ class _Function:
             value = f"ptx_bits<std::remove_reference_t<decltype({register})>>(({TYPES[type_]})({value}))"
         return f"{register} = {value};"
 
-    def _place(self, operand: str, space: str, size: int) -> str:
+    def _pointer(self, operand: str, space: str, size: int) -> str:
         base, _, offset = operand.strip("[]").partition("+")
         at = f"{self._value(base, 'u64')} + {int(offset or 0)}"
         if space == "param":
@@ -290,15 +290,15 @@ class _Function:
         if root == "shfl":
             value, lane, clamp, mask = (self._value(each, "u32") for each in a[1:])
             target, _, found = a[0].partition("|")
-            segment = f"int segment = {clamp} >> 8 & 31, lane = cudasim::cur % 32; bool there; "
+            segment = f"int segment = {clamp} >> 8 & 31, lane = cudasim::cur % 32; bool in_range; "
             most = f"(lane & segment) | ({clamp} & 31 & ~segment)"
             start = {
                 "bfly": f"lane ^ {lane}",
                 "idx": f"(lane & segment) | ({lane} & ~segment)",
                 "down": f"lane + {lane}",
             }[op[2]]
-            after = write(found, "there", "pred") if found else ""
-            return segment + write(target, f"ptx_shfl({value}, {mask}, {start}, {most}, there)", "b32") + after
+            after = write(found, "in_range", "pred") if found else ""
+            return segment + write(target, f"ptx_shfl({value}, {mask}, {start}, {most}, in_range)", "b32") + after
         if root == "mma":
             d, x, y, c = (_members(each) for each in a)
             sums = ", ".join(self._value(each, "f32") for each in c)
@@ -307,7 +307,7 @@ class _Function:
             after = "".join(write(each, f"d[{i}]", "f32") for i, each in enumerate(d))
             return f"float d[4] = {{{sums}}}; unsigned x[4] = {{{first}}}; mma_bf16_16816(d, x, {second}); {after}"
         if root == "ldmatrix":
-            call = f"ldmatrix_x4{'_trans' if 'trans' in op else ''}(m, {self._place(a[1], 'shared', 16)});"
+            call = f"ldmatrix_x4{'_trans' if 'trans' in op else ''}(m, {self._pointer(a[1], 'shared', 16)});"
             return f"unsigned m[4]; {call} " + "".join(
                 write(each, f"m[{i}]", "b32") for i, each in enumerate(_members(a[0]))
             )
@@ -318,10 +318,10 @@ class _Function:
                 return f"cp_async_wait<{a[0]}>();"
             read = self._value(a[3], "u32") if len(a) > 3 else "16"
             source = self._value(a[1].strip("[]"), "u64")
-            return f"cp_async16({self._place(a[0], 'shared', 16)}, (const void*)({source}), {read});"
+            return f"cp_async16({self._pointer(a[0], 'shared', 16)}, (const void*)({source}), {read});"
         if root == "mapa":
-            there = f"in_block<{self.cluster}>((char*){self._value(a[1], 'u64')}, {self._value(a[2], 'u32')})"
-            return write(a[0], f"(uint64_t){there}", "u64")
+            mapped = f"in_block<{self.cluster}>((char*){self._value(a[1], 'u64')}, {self._value(a[2], 'u32')})"
+            return write(a[0], f"(uint64_t){mapped}", "u64")
         if op[:2] == ["barrier", "cluster"]:
             return f"cluster_barrier<{self.cluster}>();" if "wait" in op else ""
         if root == "bar":
@@ -340,15 +340,15 @@ class _Function:
         type_, count = op[-1], next((int(part[1:]) for part in op if re.fullmatch(r"v[24]", part)), 1)
         one = TYPES[type_]
         size = count * int(type_[1:]) // 8
-        target, place = (a[0], a[1]) if op[0] == "ld" else (a[1], a[0])
+        target, memory = (a[0], a[1]) if op[0] == "ld" else (a[1], a[0])
         members = _members(target) if count > 1 else [target]
-        pointer = f"char* place = {self._place(place, space, size)}; {one} n[{count}]; "
+        pointer = f"char* at = {self._pointer(memory, space, size)}; {one} n[{count}]; "
         if op[0] == "st":
             values = "".join(f"n[{i}] = {self._value(each, type_)}; " for i, each in enumerate(members))
-            return f"{pointer}{values}memcpy(place, n, sizeof n);"
+            return f"{pointer}{values}memcpy(at, n, sizeof n);"
         read = "".join(self._loaded(each, f"n[{i}]", type_) for i, each in enumerate(members))
         wait = " if (++polls % 64 == 0) backoff();" if "volatile" in op or "relaxed" in op else ""  # it may be polling
-        return f"{pointer}memcpy(n, place, sizeof n); {read}{wait}"
+        return f"{pointer}memcpy(n, at, sizeof n); {read}{wait}"
 
     def _loaded(self, target: str, value: str, type_: str) -> str:
         """Assign a loaded value. A wider register gets its sign or zero extension."""

@@ -12,8 +12,8 @@ It computes with NumPy, and rejects or counts operations that CuPy rejects or th
   - bfloat16 arrays use ml_dtypes, which differs from CuPy 14: sums and matrix products are computed in float32 and
     rounded once; products with more than two axes raise, because they fail in CuPy, and so does arithmetic with a
     Python number, for which the two give different dtypes;
-  - float32 matrix products are rounded to TF32 if CuPy's compute type says so; `device.products` counts them by that
-    type;
+  - the operands of float32 matrix products are rounded to TF32 if that is CuPy's compute type; `device.products` counts
+    the products by compute type;
   - kernels of a RawModule are compiled for the CPU and run immediately, in the simulator in tests/stand_ins/cudasim.
 
 Copies between pinned memory and the device are delayed until the host waits, as may happen on a device. If pinned
@@ -373,7 +373,7 @@ class ndarray:  # noqa: N801 (the usual name in array libraries)
         def copy() -> None:
             destination = memory()
             if destination is None:
-                raise RaceError("output memory was freed before the copy of a result took place")
+                raise RaceError("output memory was freed before a result was copied to it")
             destination[where : where + values.nbytes] = values.tobytes()
 
         device.submit(copy)
@@ -395,7 +395,7 @@ class ndarray:  # noqa: N801 (the usual name in array libraries)
         def copy() -> None:
             source = memory()
             if source is None or source[where : where + len(copied)] != copied:
-                raise RaceError("pinned memory was changed or freed before its copy to the device took place")
+                raise RaceError("pinned memory was changed or freed before it was copied to the device")
 
         _pinned(arr).last_read = device.submit(copy)
 
@@ -439,8 +439,8 @@ class ndarray:  # noqa: N801 (the usual name in array libraries)
             raise TypeError(f"Unsupported type {type(values)}")
         index = _with_ellipsis(_index(index))
         if any(x.dtype.kind in "iu" for x in _arrays(index)):
-            places = np.arange(self._a.size).reshape(self._a.shape)[index]
-            if np.unique(places).size != places.size:
+            positions = np.arange(self._a.size).reshape(self._a.shape)[index]
+            if np.unique(positions).size != positions.size:
                 raise ValueError("assignment at repeated indices is undefined on a device; use add.at")
         device.launches += 1
         self._a[index] = _unwrap(values)
@@ -515,11 +515,11 @@ class Stream:
     others_seen  number of launches when another stream recorded the event for which this stream last waited.
     """
 
-    _made = 0
+    _created = 0
 
     def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int | None = None):
-        Stream._made += not null
-        self.ptr = 0 if null else Stream._made
+        Stream._created += not null
+        self.ptr = 0 if null else Stream._created
         self.others_seen = -1
         device.streams[self.ptr] = self
         self._outer: list[Stream] = []

@@ -43,20 +43,20 @@ def _axis(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
     return (draw(range(-x.ndim, x.ndim)),) if x.ndim else None
 
 
-def _filled_axis(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
+def _nonempty_axis(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
     axes = [i for i in range(-x.ndim, x.ndim) if x.shape[i]]
     return (draw(axes),) if axes else None
 
 
 def _axes(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
-    """(some or all axes in any order, keepdims)."""
+    """Some or all axes in any order, and keepdims."""
     chosen = tuple(i for i in range(x.ndim) if draw((True, False)))
     return (chosen or tuple(range(x.ndim)))[:: draw((1, -1))], draw((False, True))
 
 
-def _axes_of_several(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
-    axes, kept = _axes(draw, x)
-    return (axes, kept) if all(x.shape[i] for i in axes) and axes else None
+def _nonempty_axes(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
+    axes, keepdims = _axes(draw, x)
+    return (axes, keepdims) if all(x.shape[i] for i in axes) and axes else None
 
 
 def _number(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def _new_shape(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
     return (tuple(shape),)
 
 
-def _wider(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
+def _broadcast_shape(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
     leading = (draw((2, 1, 0)),) * draw((0, 1))
     return ((*leading, *(draw((3, 1)) if n == 1 else n for n in x.shape)),)
 
@@ -151,7 +151,7 @@ def _index(draw: Draw, x: np.ndarray) -> tuple[Any, ...]:
     return (tuple(items),)
 
 
-def _places(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
+def _gather_indices(draw: Draw, x: np.ndarray) -> tuple[Any, ...] | None:
     axes = [i for i in range(x.ndim) if x.shape[i]]
     if not axes:
         return None
@@ -196,16 +196,16 @@ def _same(name: str, count: int, draws: Any, function: Callable[..., Any], of_nu
 
 
 def _reduction(name: str, torch_name: str, draws: Any = _axes, **options: Any) -> Operation:
-    def theirs(t: Any, x: Any, axes: tuple[int, ...], kept: bool) -> Any:
-        return getattr(x, torch_name)(axes, keepdim=kept, **options) if x.ndim else _zero_d(x, torch_name, options)
+    def theirs(t: Any, x: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+        return getattr(x, torch_name)(axes, keepdim=keepdims, **options) if x.ndim else _zero_d(x, torch_name, options)
 
     return Operation(
         name,
         1,
         draws,
-        lambda x, axes, kept: getattr(x, name)(axes, kept),
+        lambda x, axes, keepdims: getattr(x, name)(axes, keepdims),
         theirs,
-        lambda x, axes, kept: getattr(np, name)(x, axis=axes, keepdims=kept),
+        lambda x, axes, keepdims: getattr(np, name)(x, axis=axes, keepdims=keepdims),
     )
 
 
@@ -244,16 +244,16 @@ OPERATIONS = [
     ),
     Operation("clip", 1, _nothing, lambda x: x.clip(-1, 0.5), lambda t, x: x.clip(-1, 0.5), lambda x: x.clip(-1, 0.5)),
     _reduction("sum", "sum"),
-    _reduction("mean", "mean", _axes_of_several),
-    _reduction("max", "amax", _axes_of_several),
-    _reduction("min", "amin", _axes_of_several),
-    _reduction("var", "var", _axes_of_several, correction=0),
+    _reduction("mean", "mean", _nonempty_axes),
+    _reduction("max", "amax", _nonempty_axes),
+    _reduction("min", "amin", _nonempty_axes),
+    _reduction("var", "var", _nonempty_axes, correction=0),
     Operation("prod", 1, _axis, lambda x, i: x.prod(i), lambda t, x, i: x.prod(i), lambda x, i: x.prod(i)),
     Operation("cumsum", 1, _axis, lambda x, i: x.cumsum(i), lambda t, x, i: x.cumsum(i), lambda x, i: x.cumsum(i)),
     Operation("cumprod", 1, _axis, lambda x, i: x.cumprod(i), lambda t, x, i: x.cumprod(i), np.cumprod),
     Operation("softmax", 1, _axis, lambda x, i: x.softmax(i), lambda t, x, i: x.softmax(i)),
     Operation("log_softmax", 1, _axis, lambda x, i: x.log_softmax(i), lambda t, x, i: x.log_softmax(i)),
-    Operation("logsumexp", 1, _filled_axis, lambda x, i: x.logsumexp(i), lambda t, x, i: x.logsumexp(i)),
+    Operation("logsumexp", 1, _nonempty_axis, lambda x, i: x.logsumexp(i), lambda t, x, i: x.logsumexp(i)),
     Operation(
         "transpose", 1, _order, lambda x, o: x.transpose(o), lambda t, x, o: x.permute(o), lambda x, o: x.transpose(o)
     ),
@@ -261,7 +261,7 @@ OPERATIONS = [
     Operation(
         "broadcast_to",
         1,
-        _wider,
+        _broadcast_shape,
         lambda x, s: x.broadcast_to(s),
         lambda t, x, s: x.broadcast_to(s),
         lambda x, s: np.broadcast_to(x, s),
@@ -281,7 +281,7 @@ OPERATIONS = [
     Operation(
         "gather",
         1,
-        _places,
+        _gather_indices,
         lambda x, i, at: x.gather(i, at),
         lambda t, x, i, at: x.gather(i, t.as_tensor(at)),
         lambda x, i, at: np.take_along_axis(x, at, i),
@@ -309,7 +309,7 @@ class Step(NamedTuple):
     operation: Operation
     operands: tuple[int, ...]  # numbers of leaves and earlier results
     drawn: tuple[Any, ...]
-    tamed: bool  # whether tanh is applied to the result
+    bounded: bool  # whether tanh is applied to the result
 
 
 class Program(NamedTuple):
@@ -320,9 +320,9 @@ class Program(NamedTuple):
         lines = [
             f"x{i} = {np.array2string(x, separator=', ')}  # {x.dtype} {x.shape}" for i, x in enumerate(self.leaves)
         ]
-        for i, (operation, operands, drawn, tamed) in enumerate(self.steps, len(self.leaves)):
+        for i, (operation, operands, drawn, bounded) in enumerate(self.steps, len(self.leaves)):
             given = ", ".join([*(f"x{j}" for j in operands), *map(repr, drawn)])
-            lines.append(f"x{i} = {'tanh of ' * tamed}{operation.name}({given})")
+            lines.append(f"x{i} = {'tanh of ' * bounded}{operation.name}({given})")
         return "\n".join(lines)
 
 
@@ -346,18 +346,18 @@ def draw_program(draw: Draw) -> Program:
         if drawn is None:
             continue
         y = operation.ours(*(Tensor(a) for a in x), *drawn).numpy()
-        tamed = bool((np.abs(y) > LARGE).any())
-        values.append(np.tanh(y) if tamed else y)
-        steps.append(Step(operation, operands, drawn, tamed))
+        bounded = bool((np.abs(y) > LARGE).any())
+        values.append(np.tanh(y) if bounded else y)
+        steps.append(Step(operation, operands, drawn, bounded))
     return Program(leaves, steps)
 
 
 def run(program: Program, leaves: Sequence[Any], apply: Callable[..., Any]) -> list[Any]:
     """The leaves, and the result of every step."""
     values = list(leaves)
-    for operation, operands, drawn, tamed in program.steps:
+    for operation, operands, drawn, bounded in program.steps:
         y = apply(operation, *(values[i] for i in operands), *drawn)
-        values.append(y.tanh() if tamed else y)
+        values.append(y.tanh() if bounded else y)
     return values
 
 
@@ -374,7 +374,7 @@ def failure(program: Program, torch: Any | None) -> str | None:
         if step.operation.numpys is not None:
             given = [values[i].numpy() for i in step.operands]
             expected = np.asarray(step.operation.numpys(*given, *step.drawn))
-            if reason := difference(y.numpy(), np.tanh(expected) if step.tamed else expected):
+            if reason := difference(y.numpy(), np.tanh(expected) if step.bounded else expected):
                 return f"{step.operation.name}, compared with NumPy: {reason}"
     if torch is None:
         return None

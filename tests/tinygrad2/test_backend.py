@@ -88,14 +88,14 @@ def test_training_steps_equal_numpys_without_synchronization_or_float64(checked_
     optimizers = [optim.AdamW(model, lr=1e-2) for model in models]
     fetched, launches = [], []
     for step in range(3):
-        there = train_step(models[0], optimizers[0], step).get()
+        expected = train_step(models[0], optimizers[0], step).get()
         device.launches = device.syncs = device.float64 = 0
-        fetched.append((there, train_step(models[1], optimizers[1], step)))
+        fetched.append((expected, train_step(models[1], optimizers[1], step)))
         assert (device.syncs, device.float64) == (0, 0)
         launches.append(device.launches)
     assert max(launches) - min(launches) < 0.01 * max(launches)  # the number does not grow from step to step
-    for there, here in fetched:
-        assert here.get() == there
+    for expected, fetch in fetched:
+        assert fetch.get() == expected
     assert_same(arrays(models[0]), arrays(models[1]))
     assert_same(optimizers[0].state(), optimizers[1].state())
 
@@ -152,7 +152,7 @@ def test_the_profiler_measures_a_step_on_the_device(checked_device, monkeypatch)
     assert vars(get_backend("cuda").kernels) == kernels
     rows = {line[:20].strip(): line[20:].split() for line in profiler.table()}
     assert checked_device.waits > 0
-    # With this clock, each kernel takes 1 ms, and so do each gap between two kernels and the event of each of the two
+    # With this clock, each of these takes 1 ms: a kernel, a gap between two kernels, and the event of each of the two
     # uploads (tokens and targets). A kernel that another kernel calls is not counted again.
     calls = {name: int(row[0]) for name, row in rows.items() if name not in ("operation", "outside kernels", "step")}
     assert calls["attention"] == 2 * CONFIG.n_layer
@@ -183,11 +183,11 @@ def test_a_nonfinite_gradient_changes_nothing_and_does_not_synchronize(device, b
 def test_generation_gives_the_same_tokens_as_numpy(checked_device, cache):
     prompt, sampling = [3, 1, 4], {"samples": 2, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 1}
     count = 160 if cache else 12  # exceeds the context, so that the cache is refilled
-    here, there = (
+    result, expected = (
         GPT2(CONFIG, device=name).generate(prompt, count, cache=cache, **sampling) for name in ("cuda", "cpu")
     )
-    assert here == there
-    assert len(here[0]) == count
+    assert result == expected
+    assert len(result[0]) == count
 
 
 @pytest.mark.slow
@@ -200,8 +200,8 @@ def test_gradcheck_passes_on_the_device(device, capsys):
 
 def test_gradcheck_detects_a_wrong_gradient_on_the_device(device, monkeypatch):
     kernels = get_backend("cuda").kernels
-    right = kernels.gelu_backward
-    monkeypatch.setattr(kernels, "gelu_backward", lambda *arguments: right(*arguments) * 1.001)
+    original = kernels.gelu_backward
+    monkeypatch.setattr(kernels, "gelu_backward", lambda *arguments: original(*arguments) * 1.001)
     (case,) = (case for case in CASES if case.name == "gelu")
     assert case.error(device="cuda") > 1e-4
     assert case.error(device="cpu") < 1e-8
@@ -216,12 +216,12 @@ def test_verify_passes_on_the_device(device):
     assert device.launches > 10_000
 
 
-def test_a_model_moves_and_its_optimizer_follows(device):
+def test_a_model_and_its_optimizer_move_between_devices(device):
     models = [GPT2(CONFIG) for _ in range(2)]
     optimizers = [optim.AdamW(model, lr=1e-2) for model in models]
-    for step, place in enumerate(("cpu", "cuda", "cuda", "cpu", "cuda")):
-        models[1].to(place)
-        assert {p.backend.device for p in models[1].parameters()} == {place}
+    for step, device_name in enumerate(("cpu", "cuda", "cuda", "cpu", "cuda")):
+        models[1].to(device_name)
+        assert {p.backend.device for p in models[1].parameters()} == {device_name}
         assert train_step(models[0], optimizers[0], step).get() == train_step(models[1], optimizers[1], step).get()
     assert type(optimizers[1].parts[0].state[0]) is strict_cupy.ndarray
     assert_same(optimizers[0].state(), optimizers[1].state())
@@ -231,9 +231,9 @@ def test_a_model_moves_and_its_optimizer_follows(device):
 def test_a_saved_model_loads_on_the_other_device(device, tmp_path):
     model = GPT2(CONFIG, device="cuda")
     model.save_pretrained(tmp_path)
-    for place in ("cpu", "cuda"):
-        loaded = GPT2.from_pretrained(tmp_path, device=place)
-        assert loaded.backend.device == place
+    for device_name in ("cpu", "cuda"):
+        loaded = GPT2.from_pretrained(tmp_path, device=device_name)
+        assert loaded.backend.device == device_name
         assert_same(arrays(model), arrays(loaded))
 
 
@@ -248,51 +248,51 @@ def test_embedding_accepts_a_single_token(device):
 
 
 def test_uploads_share_few_buffers_and_are_correct(device):
-    place = get_backend("cuda")
+    gpu = get_backend("cuda")
     sent = [np.full((5, 7), i, dtype=np.int64) for i in range(100)]
-    arrived = [place.upload(values) for values in sent]
+    arrived = [gpu.upload(values) for values in sent]
     assert device.pinned <= CudaBackend.PINNED
     assert device.syncs == 0
     assert device.waits == 100 - CudaBackend.PINNED  # no copy is complete without a wait
     device.finish()
     for values, array in zip(sent, arrived, strict=True):
-        np.testing.assert_array_equal(place.to_host(array), values)
+        np.testing.assert_array_equal(gpu.to_host(array), values)
 
 
 def test_a_larger_upload_uses_a_larger_buffer(device):
-    place = get_backend("cuda")
+    gpu = get_backend("cuda")
     sent = [np.arange(1 + 13 * (i % 5), dtype=np.int64) for i in range(60)]
-    arrived = [place.upload(values) for values in sent]
+    arrived = [gpu.upload(values) for values in sent]
     device.finish()
     for values, array in zip(sent, arrived, strict=True):
-        np.testing.assert_array_equal(place.to_host(array), values)
+        np.testing.assert_array_equal(gpu.to_host(array), values)
 
 
 def test_buffers_whose_copy_is_complete_are_reused(device):
-    place = get_backend("cuda")
+    gpu = get_backend("cuda")
     for i in range(50):
-        place.upload(np.full(9, i))
+        gpu.upload(np.full(9, i))
         device.finish()
     assert device.pinned == 1
     assert device.waits == 49  # for copies that have already finished
 
 
 def test_the_callers_array_may_be_changed_after_an_upload(device):
-    place = get_backend("cuda")
+    gpu = get_backend("cuda")
     values = np.arange(6)
-    array = place.upload(values)
+    array = gpu.upload(values)
     values[:] = -1
     device.finish()
-    np.testing.assert_array_equal(place.to_host(array), np.arange(6))
+    np.testing.assert_array_equal(gpu.to_host(array), np.arange(6))
 
 
 def test_a_buffer_that_is_reused_too_early_is_detected(device, monkeypatch):
-    def impatient(self, nbytes):
+    def without_waiting(self, nbytes):
         if len(self._pinned) >= 2:
             return self._pinned.popleft()[0]
         return np.frombuffer(self.np.cuda.alloc_pinned_memory(nbytes), dtype=np.uint8, count=nbytes)
 
-    monkeypatch.setattr(CudaBackend, "_take_pinned", impatient)
+    monkeypatch.setattr(CudaBackend, "_take_pinned", without_waiting)
     for i in range(3):
         get_backend("cuda").upload(np.full(4, i))
     with pytest.raises(RaceError, match="changed or freed before its copy"):
@@ -300,17 +300,17 @@ def test_a_buffer_that_is_reused_too_early_is_detected(device, monkeypatch):
 
 
 def test_a_buffer_that_is_freed_too_early_is_detected(device):
-    place = get_backend("cuda")
-    place.upload(np.arange(4))
-    place._pinned.clear()
+    gpu = get_backend("cuda")
+    gpu.upload(np.arange(4))
+    gpu._pinned.clear()
     with pytest.raises(RaceError, match="changed or freed before its copy"):
         device.finish()
 
 
 def test_a_fetched_value_is_available_after_waiting(device):
-    place = get_backend("cuda")
-    x = place.asarray(np.float32(1.5))
-    fetch = place.fetch(x, x + x)
+    gpu = get_backend("cuda")
+    x = gpu.asarray(np.float32(1.5))
+    fetch = gpu.fetch(x, x + x)
     x += 1  # launched after the copy
     assert not fetch.ready()
     assert np.isnan(fetch._host).all()
@@ -320,14 +320,14 @@ def test_a_fetched_value_is_available_after_waiting(device):
 
 
 def test_a_fetch_may_be_discarded(device):
-    place = get_backend("cuda")
+    gpu = get_backend("cuda")
     for _ in range(9):
-        place.fetch(place.asarray(np.float32(1)))
+        gpu.fetch(gpu.asarray(np.float32(1)))
     device.finish()
-    assert place.fetch(place.asarray(np.float32(2))).get() == [2.0]
-    assert len(place._fetched) == 1  # completed fetches are not kept
-    place.fetch(place.asarray(np.float32(3)))
-    place._fetched.clear()
+    assert gpu.fetch(gpu.asarray(np.float32(2))).get() == [2.0]
+    assert len(gpu._fetched) == 1  # completed fetches are not kept
+    gpu.fetch(gpu.asarray(np.float32(3)))
+    gpu._fetched.clear()
     with pytest.raises(RaceError, match="freed before the copy"):
         device.finish()
 
@@ -339,14 +339,14 @@ def test_a_fetch_that_does_not_wait_is_detected(device, monkeypatch):
 
 
 def test_numpy_arrays_are_not_transferred():
-    place = get_backend("cpu")
+    cpu = get_backend("cpu")
     values = np.arange(3.0)
-    assert place.upload(values) is values
-    fetch = place.fetch(np.float32(0.5), np.asarray(2.0))
+    assert cpu.upload(values) is values
+    fetch = cpu.fetch(np.float32(0.5), np.asarray(2.0))
     assert fetch.ready()
     assert fetch.get() == [0.5, 2.0]
-    assert place.memory() is None
-    assert place.name() == "cpu"
+    assert cpu.memory() is None
+    assert cpu.name() == "cpu"
 
 
 def test_the_name_of_the_gpu_is_readable(device):
@@ -373,8 +373,8 @@ def user(tmp_path, monkeypatch, device):
         signal.signal(number, handler)
 
 
-def run(out, place, steps, *options, code=0):
-    assert train.main([*RUN, "--out-dir", out, "--device", place, "--max-iters", str(steps), *options]) == code
+def run(out, device_name, steps, *options, code=0):
+    assert train.main([*RUN, "--out-dir", out, "--device", device_name, "--max-iters", str(steps), *options]) == code
 
 
 def log(out):
@@ -411,16 +411,16 @@ def test_a_skipped_step_is_stored_and_explained_in_the_same_way_on_the_device(us
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     spoil_steps(monkeypatch, 2)
     reports = []
-    for place in ("cpu", "cuda"):
-        run(place, place, 6, "--eval-interval", "0", "--log-interval", "1")
-        lines = capsys.readouterr().out.replace(f"{place}/", "").splitlines()
+    for device_name in ("cpu", "cuda"):
+        run(device_name, device_name, 6, "--eval-interval", "0", "--log-interval", "1")
+        lines = capsys.readouterr().out.replace(f"{device_name}/", "").splitlines()
         reports.append(lines[next(i for i, line in enumerate(lines) if "step 3/6 | skipped" in line) :][:4])
     assert reports[0] == reports[1]
     assert "spoil after h.2.mlp.c_proj" in reports[0][1]
     assert log("cpu") == log("cuda")
     assert_same(saved("cpu"), saved("cuda"))
     for file in ("model.safetensors", "batch.safetensors", "step.json"):
-        first, second = (Path(place, "bad-step-3", file).read_bytes() for place in ("cpu", "cuda"))
+        first, second = (Path(device_name, "bad-step-3", file).read_bytes() for device_name in ("cpu", "cuda"))
         assert first.replace(b'"cpu"', b'"cuda"') == second, file
 
 
@@ -445,10 +445,10 @@ def test_training_waits_for_a_step_only_after_launching_the_next_one(user, devic
 def test_training_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     kernels = get_backend("cuda").kernels
-    right, calls = kernels.lm_head_forward, []
+    original, calls = kernels.lm_head_forward, []
 
     def wrong(*arguments):
-        loss, dlogits = right(*arguments)
+        loss, dlogits = original(*arguments)
         calls.append(autograd.is_recording())  # False in evaluation
         if calls[-1] and sum(calls) == 3:
             loss, dlogits = loss * np.nan, dlogits * np.nan
@@ -472,8 +472,8 @@ def test_training_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     assert [row["step"] for row in rows if "skipped" in row] == [3]
 
 
-@pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_the_time_of_a_step_excludes_other_work(user, monkeypatch, place):
+@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
+def test_the_time_of_a_step_excludes_other_work(user, monkeypatch, device_name):
     """This includes the steps after a skipped or saved step, whose results reach the host together."""
     monkeypatch.setattr(train, "sample_text", lambda *arguments: "")
     accumulate, now, slow = Trainer.accumulate_gradients, [0.0], []
@@ -493,9 +493,9 @@ def test_the_time_of_a_step_excludes_other_work(user, monkeypatch, place):
     monkeypatch.setattr(RunFolder, "save", lambda *given: (now.__setitem__(0, now[0] + 3000), write(*given))[1])
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     spoil_steps(monkeypatch, 2)
-    run("out", place, 6, "--eval-interval", "0", "--save-interval", "5", "--max-bad-steps", "2")
+    run("out", device_name, 6, "--eval-interval", "0", "--save-interval", "5", "--max-bad-steps", "2")
     assert [row["seconds"] for row in read_log(Path("out/log.jsonl"))] == [100] * 6
-    assert max(slow) == (1 if place == "cuda" else 0)  # only a device returns the results of a step late
+    assert max(slow) == (1 if device_name == "cuda" else 0)  # only a device returns a step's results one step later
 
 
 def test_training_explains_the_memory_needed_if_memory_runs_out(user, monkeypatch, capsys):
@@ -525,7 +525,7 @@ class DriverError(RuntimeError):
 
 
 def broken(count):
-    """A module cupy whose getDeviceCount is `count`."""
+    """A stand-in for the module cupy, whose getDeviceCount is `count`."""
     module = types.ModuleType("cupy")
     module.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=DriverError)

@@ -75,12 +75,12 @@ def test_mkl_is_not_considered_if_it_is_not_installed(monkeypatch):
     assert blas._fastest() is blas.NUMPYS
 
 
-# The choice between two libraries, which have NumPy's functions and the speed that a test specifies ------------------
+# The choice between two libraries, which have NumPy's functions and the speeds that a test specifies ------------------
 
 
 @pytest.fixture
-def two(monkeypatch, tmp_path):
-    """two(numpy, mkl) sets the measured rates in GFLOP/s. Returns the numbers of measurements and of loads of MKL."""
+def set_rates(monkeypatch, tmp_path):
+    """set_rates(numpy, mkl) sets the measured rates in GFLOP/s, and returns counts of measurements and loads of MKL."""
     mkl = replace(blas.NUMPYS, name="mkl", title="MKL 9.9")
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TINYGRAD2_BLAS", raising=False)
@@ -93,10 +93,10 @@ def two(monkeypatch, tmp_path):
         counts["loaded"] += 1
         return mkl
 
-    def inject(numpys, mkls):
+    def inject(numpy_rate, mkl_rate):
         def measured(libraries):
             counts["measured"] += 1
-            return {library.title: {"numpy": numpys, "mkl": mkls}[library.name] * 1e9 for library in libraries}
+            return {library.title: {"numpy": numpy_rate, "mkl": mkl_rate}[library.name] * 1e9 for library in libraries}
 
         monkeypatch.setattr(blas, "measure", measured)
         return counts
@@ -105,18 +105,20 @@ def two(monkeypatch, tmp_path):
     return inject
 
 
-@pytest.mark.parametrize(("mkls", "name"), [(50, "numpy"), (100, "numpy"), (109, "numpy"), (111, "mkl"), (200, "mkl")])
-def test_another_library_is_chosen_if_it_is_faster_by_a_tenth(two, mkls, name):
-    two(100, mkls)
+@pytest.mark.parametrize(
+    ("mkl_rate", "name"), [(50, "numpy"), (100, "numpy"), (109, "numpy"), (111, "mkl"), (200, "mkl")]
+)
+def test_another_library_is_chosen_if_it_is_faster_by_a_tenth(set_rates, mkl_rate, name):
+    set_rates(100, mkl_rate)
     assert blas.chosen().name == name
-    assert blas.considered() == {blas.chosen().title: max(100, mkls if name == "mkl" else 0) * 1e9} | {
+    assert blas.considered() == {blas.chosen().title: max(100, mkl_rate if name == "mkl" else 0) * 1e9} | {
         blas.NUMPYS.title: 100e9,
-        "MKL 9.9": mkls * 1e9,
+        "MKL 9.9": mkl_rate * 1e9,
     }
 
 
-def test_a_measurement_is_cached_by_processor_and_versions(two, monkeypatch):
-    counts = two(100, 50)
+def test_a_measurement_is_cached_by_processor_and_versions(set_rates, monkeypatch):
+    counts = set_rates(100, 50)
     for _ in range(3):
         assert blas.chosen() is blas.NUMPYS
         monkeypatch.setattr(blas, "_chosen", None)  # as in a new process
@@ -126,15 +128,15 @@ def test_a_measurement_is_cached_by_processor_and_versions(two, monkeypatch):
     assert counts["measured"] == 2
     monkeypatch.setattr(blas, "_chosen", None)
     monkeypatch.setattr(blas.machine, "processor_model", lambda: "another")
-    two(100, 120)
+    set_rates(100, 120)
     assert blas.chosen().name == "mkl"
     assert counts["measured"] == 3
     assert json.loads(blas._file().read_text()).keys() == {"another", *json.loads(blas._file().read_text())}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 3}', '"' + "x" * 9 + '"'])
-def test_a_damaged_cache_is_measured_again(two, text):
-    counts = two(100, 150)
+def test_a_damaged_cache_is_measured_again(set_rates, text):
+    counts = set_rates(100, 150)
     blas._file().parent.mkdir(parents=True)
     blas._file().write_text(text)
     assert blas.chosen().name == "mkl"
@@ -142,8 +144,8 @@ def test_a_damaged_cache_is_measured_again(two, text):
     assert blas._cached_rates()["MKL 9.9"] == 150e9
 
 
-def test_without_a_writable_cache_every_process_measures(two, monkeypatch, tmp_path):
-    counts = two(100, 150)
+def test_without_a_writable_cache_every_process_measures(set_rates, monkeypatch, tmp_path):
+    counts = set_rates(100, 150)
     (tmp_path / "file").touch()
     monkeypatch.setenv("TINYGRAD2_CACHE_DIR", str(tmp_path / "file" / "cache"))
     for _ in range(2):
@@ -152,8 +154,8 @@ def test_without_a_writable_cache_every_process_measures(two, monkeypatch, tmp_p
     assert counts["measured"] == 2
 
 
-def test_an_environment_variable_selects_the_library(two, monkeypatch):
-    counts = two(100, 150)
+def test_an_environment_variable_selects_the_library(set_rates, monkeypatch):
+    counts = set_rates(100, 150)
     monkeypatch.setenv("TINYGRAD2_BLAS", "numpy")
     assert blas.chosen() is blas.NUMPYS
     assert not blas.use("mkl")  # a checkpoint's library does not override it
@@ -167,8 +169,8 @@ def test_an_environment_variable_selects_the_library(two, monkeypatch):
             blas.chosen()
 
 
-def test_a_library_can_be_selected_by_name(two, monkeypatch):
-    counts = two(100, 50)
+def test_a_library_can_be_selected_by_name(set_rates, monkeypatch):
+    counts = set_rates(100, 50)
     assert blas.use("mkl")
     assert blas.chosen().name == "mkl"
     assert counts["measured"] == 0

@@ -101,10 +101,10 @@ def test_arrays_round_trip_exactly_and_the_file_has_default_permissions(tmp_path
     arrays = {"a": np.linspace(0, 1, 7), "b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "c": np.float64(3.5)}
     path = tmp_path / "x.safetensors"
     checkpoint.save_arrays(path, arrays)
-    back = checkpoint.load_arrays(path)
+    loaded = checkpoint.load_arrays(path)
     for key, array in arrays.items():
-        assert back[key].dtype == array.dtype
-        assert np.array_equal(back[key], array)
+        assert loaded[key].dtype == array.dtype
+        assert np.array_equal(loaded[key], array)
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask

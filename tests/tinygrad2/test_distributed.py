@@ -389,7 +389,7 @@ class StagedEcho(Echo):
 
 
 def steps_on_the_stand_in(comm, shared, make=optim.AdamW):
-    """(losses and norms of three steps, parameters, number of implicit synchronizations, NCCL)."""
+    """Return the losses and norms of three steps, the parameters, the number of implicit synchronizations, and NCCL."""
     with strict_cupy.registered() as device, fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model = GPT2(CONFIG, device="cuda")
         options = {"ranks": comm} if make is muon else {}
@@ -495,25 +495,25 @@ FAULTS = [  # in NcclComm: a pattern and its replacement
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
 def test_a_fault_in_nccl_comm_is_detected(fault):
-    source, places = re.subn(*fault, inspect.getsource(NcclComm))
-    assert places
+    source, count = re.subn(*fault, inspect.getsource(NcclComm))
+    assert count
     names = dict(vars(distributed))
     exec("from __future__ import annotations\n" + source, names)
     with pytest.raises((strict_cupy.RaceError, fake_nccl.NcclError, AssertionError)):
         check_sums(names["NcclComm"])
 
 
-@pytest.mark.parametrize("place", ["_begin", "join"])
+@pytest.mark.parametrize("method", ["_begin", "join"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_missing_wait_in_a_training_run_is_detected(monkeypatch, place, shared):
+def test_a_missing_wait_in_a_training_run_is_detected(monkeypatch, method, shared):
     wait = strict_cupy.Stream.wait_event
 
     def sometimes(self, event):
-        if inspect.currentframe().f_back.f_code.co_name != place:
+        if inspect.currentframe().f_back.f_code.co_name != method:
             wait(self, event)
 
     monkeypatch.setattr(strict_cupy.Stream, "wait_event", sometimes)
-    if place == "_begin":
+    if method == "_begin":
         with pytest.raises(strict_cupy.RaceError, match="has not waited"):
             steps_on_the_stand_in(DirectEcho(), shared)
     else:
@@ -556,11 +556,11 @@ def test_nccl_uses_a_fixed_order_unless_the_user_chooses_an_algorithm(monkeypatc
 
 
 def mpi_rank(others):
-    """Rank 0 of an MPIComm, and a list of the places that it sends to the other ranks."""
+    """Rank 0 of an MPIComm, and a list of the GPU addresses that it sends to the other ranks."""
     comm, sent = MPIComm.__new__(MPIComm), []
     comm.rank, comm.size, comm._nccl_comms = 0, 1 + len(others), {}
     comm._calls = types.SimpleNamespace(
-        allgather=lambda place: sent.append(place) or [place, *(other(place) for other in others)],
+        allgather=lambda address: sent.append(address) or [address, *(other(address) for other in others)],
         bcast=lambda identity: identity,
     )
     return comm, sent
@@ -569,11 +569,11 @@ def mpi_rank(others):
 @pytest.mark.parametrize(
     ("others", "direct"),
     [
-        ([lambda place: "elsewhere 0000:00:00.0"], True),
-        ([lambda place: place and place.replace("0000:00", "0000:01"), lambda place: "elsewhere"], True),
-        ([lambda place: place], False),  # two ranks share a GPU
-        ([lambda place: "elsewhere", lambda place: "elsewhere"], False),
-        ([lambda place: None], False),  # one rank has no NCCL
+        ([lambda address: "elsewhere 0000:00:00.0"], True),
+        ([lambda address: address and address.replace("0000:00", "0000:01"), lambda address: "elsewhere"], True),
+        ([lambda address: address], False),  # two ranks share a GPU
+        ([lambda address: "elsewhere", lambda address: "elsewhere"], False),
+        ([lambda address: None], False),  # one rank has no NCCL
     ],
 )
 def test_nccl_is_used_if_every_rank_has_nccl_and_its_own_gpu(others, direct):

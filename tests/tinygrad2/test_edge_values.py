@@ -18,7 +18,7 @@ INF, NAN = math.inf, math.nan
 EDGES = [0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 0.5, -0.5, 2.5, 30.0, -30.0, 800.0, -800.0, INF, -INF, NAN]
 EDGES += [1e300, -1e300, 5e-324, -5e-324, 1e-310, 2.2250738585072014e-308]  # the last is the smallest normal number
 PAIRS = [grid.reshape(-1).copy() for grid in np.meshgrid(EDGES, EDGES)]
-SHARES = [0.0, 1.0, 0.25, 0.5]
+PROBABILITIES = [0.0, 1.0, 0.25, 0.5]
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
@@ -119,13 +119,13 @@ def test_mse_and_l1_losses(dtype, t):
     )
     assert set(found) == {"gradient"}  # the gradient of |NaN| is NaN; PyTorch gives 0
     with np.errstate(all="ignore"):
-        assert all(math.isnan(np.subtract(*place)) for place in found["gradient"])
+        assert all(math.isnan(np.subtract(*pair)) for pair in found["gradient"])
 
 
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 def test_binary_cross_entropy_with_logits(t):
-    x, target = (grid.reshape(-1).copy() for grid in np.meshgrid(EDGES, SHARES))
+    x, target = (grid.reshape(-1).copy() for grid in np.meshgrid(EDGES, PROBABILITIES))
     f = t.nn.functional.binary_cross_entropy_with_logits
     found = differences(
         t,
@@ -147,7 +147,9 @@ def test_binary_cross_entropy_with_logits(t):
 @pytest.mark.parity
 @pytest.mark.extras("torch")
 def test_binary_cross_entropy(t):
-    p, target = (grid.reshape(-1).copy() for grid in np.meshgrid([0.0, 1.0, 0.5, 5e-324, 1e-300, 1e-50, 0.25], SHARES))
+    p, target = (
+        grid.reshape(-1).copy() for grid in np.meshgrid([0.0, 1.0, 0.5, 5e-324, 1e-300, 1e-50, 0.25], PROBABILITIES)
+    )
     found = differences(
         t,
         lambda p, y: functional.binary_cross_entropy(p, y, "none"),
@@ -237,10 +239,10 @@ def test_layernorm_of_a_large_mean_in_float64():
     with decimal.localcontext() as context:
         context.prec = 50
         mean = sum(map(decimal.Decimal, row)) / 4
-        centred = [decimal.Decimal(value) - mean for value in row]
-        variance = sum(c * c for c in centred) / 4
+        centered = [decimal.Decimal(value) - mean for value in row]
+        variance = sum(c * c for c in centered) / 4
         rstd = 1 / (variance + decimal.Decimal(10) ** -5).sqrt()
-        xhat, g = [c * rstd for c in centred], [decimal.Decimal(value) * decimal.Decimal(weight) for value in dy]
+        xhat, g = [c * rstd for c in centered], [decimal.Decimal(value) * decimal.Decimal(weight) for value in dy]
         mean_g, mean_gx = sum(g) / 4, sum(a * b for a, b in zip(g, xhat, strict=True)) / 4
         exact = [float(rstd * (a - mean_g - b * mean_gx)) for a, b in zip(g, xhat, strict=True)]
     np.testing.assert_allclose(x.grad[0], exact, rtol=1e-9)
@@ -256,6 +258,6 @@ def test_gelu_in_float32_agrees_with_float64(exact):
         y = ops.gelu(x, exact=exact)
         y.backward(np.ones(len(values), dtype))
         results.append((y.numpy().astype("float64"), x.grad.astype("float64")))
-    for got, right, atol in zip(*results, (1e-7, 2e-6), strict=True):
-        np.testing.assert_allclose(got, right, rtol=2e-7, atol=atol)
-        assert (got[right < -1e-40] < 0).all()
+    for got, correct, atol in zip(*results, (1e-7, 2e-6), strict=True):
+        np.testing.assert_allclose(got, correct, rtol=2e-7, atol=atol)
+        assert (got[correct < -1e-40] < 0).all()

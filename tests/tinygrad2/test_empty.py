@@ -64,7 +64,7 @@ OTHERS = {
         [(2, 0), (3, 0)],
     ),
     "attention, no tokens": (lambda x: ops.attention(x, 2), lambda x: x[..., :4], [(2, 0, 12)]),
-    "attention, no texts": (lambda x: ops.attention(x, 2), lambda x: x[..., :4], [(0, 3, 12)]),
+    "attention, no sequences": (lambda x: ops.attention(x, 2), lambda x: x[..., :4], [(0, 3, 12)]),
     "gelu, 0-d": (ops.gelu, lambda x: F.gelu(x, approximate="tanh"), [()]),
     "softmax, 0-d": (ops.softmax, lambda x: F.softmax(x, -1), [()]),
 }

@@ -1,4 +1,4 @@
-"""tinygrad2/forks.py: a process may fork while its other threads compute; and several threads that compute at once."""
+"""tinygrad2/forks.py: forks while other threads compute, and several threads that compute concurrently."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ for k in range(20):
     time.sleep(0.003 * (k % 7))
     child = os.fork()
     if not child:
-        signal.alarm(30)  # a hang ends with this signal
+        signal.alarm(30)  # ends the process if it hangs
         os._exit(0 if train(1, 2) == expected else 7)
     if status := os.waitpid(child, 0)[1]:
         failed.append(status)
@@ -86,7 +86,7 @@ def test_a_process_forks_while_another_thread_computes(work, kernels):
 
 
 def test_two_threads_train_two_models_as_fast_as_one_after_the_other():
-    """threadpoolctl 3.8 ignored the second thread's limit of OpenBLAS's threads: it took 10 to 50 times as long."""
+    """With threadpoolctl 3.8, the second thread could not limit OpenBLAS's threads, and took 10 to 50 times as long."""
     out = run(
         TRAIN + "losses = {}\n"
         "def seconds(seeds):\n"
@@ -133,7 +133,7 @@ def in_a_thread(function):
 
 @needs_fork
 @pytest.mark.parametrize("kind", [forks.computing, threads.blas_on_one_thread])
-def test_a_fork_waits_for_the_products_of_other_threads_but_not_for_its_own(kind):
+def test_a_fork_waits_for_products_of_other_threads_but_not_of_its_own_thread(kind):
     entered, leave, forked = threading.Event(), threading.Event(), threading.Event()
 
     def compute():
@@ -142,7 +142,7 @@ def test_a_fork_waits_for_the_products_of_other_threads_but_not_for_its_own(kind
             leave.wait(20)
 
     def fork():
-        with kind():  # its own context does not block it
+        with kind():  # the context of the same thread does not block the fork
             forks._before_fork()
             forked.set()
             forks._after_fork()
@@ -158,7 +158,7 @@ def test_a_fork_waits_for_the_products_of_other_threads_but_not_for_its_own(kind
 
 
 @needs_fork
-def test_products_wait_for_a_fork_that_waits_but_nested_ones_do_not():
+def test_new_products_wait_for_a_pending_fork_but_nested_ones_do_not():
     entered, nested, leave, order = threading.Event(), threading.Event(), threading.Event(), []
 
     def compute():
@@ -189,7 +189,7 @@ def test_products_wait_for_a_fork_that_waits_but_nested_ones_do_not():
     assert order == ["fork", "product"]
 
 
-def test_a_context_that_an_interrupt_lost_blocks_no_fork():
+def test_a_context_lost_to_an_interrupt_does_not_block_forks():
     lost = forks.computing()
     lost.__enter__()
     assert threading.get_ident() in forks._threads()
@@ -197,7 +197,7 @@ def test_a_context_that_an_interrupt_lost_blocks_no_fork():
     assert not forks._threads()
 
 
-def test_products_of_the_reference_are_computed_in_the_context(monkeypatch):
+def test_products_of_the_reference_run_in_the_context(monkeypatch):
     entered = []
     monkeypatch.setattr(forks.computing, "__enter__", lambda self: entered.append(self))
     monkeypatch.setattr(forks.computing, "__exit__", lambda self, *_: None)
@@ -210,7 +210,7 @@ def test_products_of_the_reference_are_computed_in_the_context(monkeypatch):
 @needs_fork
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_signal_handler_may_fork_during_a_computation():
-    """The computing thread itself forks, inside a task, and both processes complete it."""
+    """The thread that computes forks inside a task, and both processes complete the task."""
     pool = pytest.importorskip("tinygrad2.kernels.pool")
     computed, children = np.zeros(3), []
 

@@ -49,14 +49,19 @@ def test_every_operation_has_a_row_in_the_table():
         "randn",
         "zeros",
     }
-    same = {"absolute", "amax", "amin", "cat", "clamp", "mod", "pow", "swish"}
+    aliases = {"absolute", "amax", "amin", "cat", "clamp", "mod", "pow", "swish"}
     public = {
         name
         for name, value in vars(functional).items()
         if not name.startswith("_") and inspect.isfunction(value) and value.__module__ != "functools"
     }
     assert (
-        public - {"axis_of", "backend_of", "get_backend", "record"} - without_gradient - create - same - {"zeros_like"}
+        public
+        - {"axis_of", "backend_of", "get_backend", "record"}
+        - without_gradient
+        - create
+        - aliases
+        - {"zeros_like"}
         <= rows
     )
 
@@ -83,9 +88,9 @@ def test_functions_accept_arrays_numbers_and_lists():
 
 X = Tensor(np.arange(6.0).reshape(2, 3))
 ERRORS = [
-    (lambda: X.softmax(2), ValueError, "softmax: axis 2 is out of range for a tensor with 2 axes"),
+    (lambda: X.softmax(2), ValueError, "softmax: axis 2 is out of range for a 2-d tensor"),
     (lambda: X.var("a"), TypeError, "var: axis is 'a'; expected an integer"),
-    (lambda: X.prod((0, 0)), ValueError, r"prod: .*repeats an axis"),
+    (lambda: X.prod((0, 0)), ValueError, r"prod: .*contains an axis twice"),
     (lambda: X.maximum(np.ones(2)), ValueError, r"maximum: .*\(2, 3\).*\(2,\)"),
     (lambda: X.where(np.ones((2, 3)), 0.0), TypeError, "where: condition has dtype float64; expected booleans"),
     (lambda: X.where(np.ones(2, dtype=bool), 0.0), ValueError, r"where: shapes \(2,\)"),
@@ -117,7 +122,7 @@ ERRORS = [
     (lambda: X.sum(0).tril(), ValueError, r"tril: the tensor has shape \(3,\)"),
     (lambda: X.tensordot(X, 1), ValueError, r"tensordot: the axes have lengths \[3\] and \[2\]"),
     (lambda: X.hardtanh(1.0, 0.0), ValueError, "hardtanh: min_val is 1.0"),
-    (lambda: X.unflatten(1, (2, 2)), ValueError, "fit"),
+    (lambda: X.unflatten(1, (2, 2)), ValueError, "reshape: .*cannot be reshaped to"),
     (lambda: X.moveaxis(0, 5), ValueError, "moveaxis: axis 5 is out of range"),
     (
         lambda: functional.concatenate([X, X[0]]),

@@ -119,10 +119,10 @@ def test_a_relative_error_of_one_thousandth_in_a_kernel_is_detected(monkeypatch,
 @pytest.mark.parametrize("damage", [scaled, one_element])
 @pytest.mark.parametrize("name", WITHOUT_KERNELS)
 def test_a_relative_error_of_one_thousandth_outside_the_kernels_is_detected(monkeypatch, name, damage):
-    right = getattr(WITHOUT_KERNELS[name], name)
+    original = getattr(WITHOUT_KERNELS[name], name)
 
     def wrong(*arguments):
-        first, *others = right(*arguments)
+        first, *others = original(*arguments)
         return damage(first), *others
 
     monkeypatch.setattr(WITHOUT_KERNELS[name], name, wrong)
@@ -137,10 +137,10 @@ WITH_A_SLOPE = """
 
 @pytest.mark.parametrize("name", WITH_A_SLOPE.split())
 def test_a_relative_error_of_one_thousandth_in_a_slope_is_detected(monkeypatch, name):
-    right = methods.Slope.__call__
+    original = methods.Slope.__call__
 
     def wrong(self, saved, dy, into):
-        (dx,) = right(self, saved, dy, into)
+        (dx,) = original(self, saved, dy, into)
         return (scaled(dx) if self.__name__ == {"std": "sqrt"}.get(name, name) else dx,)
 
     monkeypatch.setattr(methods.Slope, "__call__", wrong)
@@ -277,8 +277,8 @@ def test_the_command_prints_a_table_and_exits_with_zero(capsys):
 
 
 def test_the_command_exits_with_one_when_a_gradient_is_wrong(capsys, monkeypatch):
-    right = methods._cumsum_backward
-    monkeypatch.setattr(methods, "_cumsum_backward", lambda *arguments: (1.001 * right(*arguments)[0],))
+    original = methods._cumsum_backward
+    monkeypatch.setattr(methods, "_cumsum_backward", lambda *arguments: (1.001 * original(*arguments)[0],))
     assert gradcheck.main(["--seed", "3"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.endswith("FAILED")] == ["cumsum", "cumsum,"]

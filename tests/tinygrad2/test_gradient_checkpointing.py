@@ -20,7 +20,7 @@ class TestRecompute:
     @pytest.mark.parametrize("use_second", [False, True])
     @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
     def test_results_and_gradients_are_bit_identical(self, use_second, wanted):
-        outcomes = []
+        results = []
         for recomputed in (False, True):
             rng = np.random.default_rng(0)
             weight = Tensor(rng.normal(size=(4, 4)), requires_grad=True)
@@ -30,8 +30,8 @@ class TestRecompute:
             total = first.sum() + second.sum() if use_second else first.sum()
             if any(wanted) or not recomputed:
                 total.backward()
-            outcomes.append([total.data, *(t.grad for t in (x, y)), weight.grad if any(wanted) else None])
-        for ours, theirs in zip(*outcomes, strict=True):
+            results.append([total.data, *(t.grad for t in (x, y)), weight.grad if any(wanted) else None])
+        for ours, theirs in zip(*results, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
     def test_only_the_inputs_are_saved(self):

@@ -35,13 +35,13 @@ def test_a_small_array_does_not_come_from_the_pool(pool):
 
 def test_memory_is_reused_when_the_last_view_is_deleted(pool):
     x = memory.empty((100_000,), np.float32)
-    where = address(x)
+    original = address(x)
     view = x.reshape(100, 1000)[3:, ::2].T
     del x
-    assert address(memory.empty((100_000,), np.float32)) != where, "the memory was reused while a view existed"
+    assert address(memory.empty((100_000,), np.float32)) != original, "the memory was reused while a view existed"
     view[...] = 1
     del view
-    assert address(memory.empty((1000, 100), np.float32)) == where
+    assert address(memory.empty((1000, 100), np.float32)) == original
     held = pool.held
     for _ in range(10):
         memory.empty((100_000,), np.float32)
@@ -66,7 +66,7 @@ def test_the_memory_of_two_arrays_does_not_overlap(pool):
 
 
 def test_the_pool_keeps_little_more_than_the_peak_usage(pool):
-    for n in range(1, 200):  # every size is new, as with a growing text
+    for n in range(1, 200):  # every size is new, as with a growing sequence
         memory.empty((n, 20_000), np.float32)
     assert pool.held <= memory.SLACK * pool.most_used + memory.GRANULE
     assert pool.used == 0

@@ -146,7 +146,7 @@ def test_edge_values_of_unary_operations(name, t):
     other = theirs(t, name)
     found = differences(t, getattr(functional, name), lambda x: other(t, x), [np.array(EDGES)])
     assert {(name, which) for which in found} == {key for key in DIFFERENCES if key[0] == name}
-    assert all(math.isnan(x) for places in found.values() for (x,) in places)
+    assert all(math.isnan(x) for inputs in found.values() for (x,) in inputs)
 
 
 @pytest.mark.parity

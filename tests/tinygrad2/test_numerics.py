@@ -81,10 +81,10 @@ class Overrides:
         return getattr(self._table, name, None) or getattr(self._table._reference, name)
 
 
-def error(result, right):
+def error(result, expected):
     """The distance from the correct result, relative to its norm."""
     assert np.asarray(result).dtype == np.float32
-    return np.linalg.norm(np.asarray(result, "d") - right) / (np.linalg.norm(right) or 1)
+    return np.linalg.norm(np.asarray(result, "d") - expected) / (np.linalg.norm(expected) or 1)
 
 
 def wide(arguments):
@@ -93,8 +93,8 @@ def wide(arguments):
 
 def check(kernels, name, *arguments, bound=1e-6):
     """Call a kernel and compare all its results with reference.py in float64."""
-    got, right = getattr(kernels, name)(*arguments), getattr(reference, name)(*wide(arguments))
-    for g, r in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, right)), strict=True):
+    got, expected = getattr(kernels, name)(*arguments), getattr(reference, name)(*wide(arguments))
+    for g, r in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
         assert error(g, r) < bound, name
     return got
 
@@ -109,10 +109,10 @@ def check(kernels, name, *arguments, bound=1e-6):
 def test_sums_of_many_terms(kernels, shape, axis, order):
     x = np.asarray((1 + R.random(shape)).astype("f4"), order=order)
     for keepdims in (False, True):
-        right = np.sum(x, axis=axis, keepdims=keepdims, dtype="d")
+        expected = np.sum(x, axis=axis, keepdims=keepdims, dtype="d")
         got = kernels.sum_forward(x, axis, keepdims)
-        assert np.shape(got) == right.shape
-        assert error(got, right) < 1e-6
+        assert np.shape(got) == expected.shape
+        assert error(got, expected) < 1e-6
 
 
 @pytest.mark.slow  # 160 MB
@@ -168,17 +168,17 @@ def test_cross_entropy_with_a_common_offset(kernels, power):
     ):
         logits = logits.astype("f4")
         loss, log_total = kernels.cross_entropy_forward(logits, targets)
-        right, right_total = reference.cross_entropy_forward(logits.astype("d"), targets)
-        assert error(loss, right) < 1e-6
+        expected, expected_total = reference.cross_entropy_forward(logits.astype("d"), targets)
+        assert error(loss, expected) < 1e-6
         got = kernels.cross_entropy_backward(np.float32(0.5), logits, targets, log_total)
-        assert error(got, reference.cross_entropy_backward(0.5, logits.astype("d"), targets, right_total)) < 1e-6
+        assert error(got, reference.cross_entropy_backward(0.5, logits.astype("d"), targets, expected_total)) < 1e-6
         y = check(kernels, "softmax_forward", logits)
         dy = R.normal(size=y.shape).astype("f4")
         distance = kernels.softmax_backward(dy, y) - reference.softmax_backward(*wide([dy, y]))
         assert np.linalg.norm(distance) < 1e-6 * np.linalg.norm(dy * y)  # relative to the terms
         x, weight = np.eye(5, dtype="f4"), np.ascontiguousarray(logits.T)  # so that x W^T equals these logits
         loss, dlogits = kernels.lm_head_forward(x, weight, targets)
-        assert error(loss, right) < 1e-6
+        assert error(loss, expected) < 1e-6
         assert error(dlogits, reference.lm_head_forward(*wide([x, weight]), targets)[1]) < 1e-6
 
 
@@ -209,12 +209,12 @@ def attention_problem(offset, T=70):
 def test_attention_with_large_scores(kernels, power, sign):
     qkv, dout = (x.astype("f4") for x in attention_problem(sign * 2.0**power))
     out, lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)
-    right = reference.attention_backward(*wide([dout, qkv, out, lse]), 1, 0.0, None)
+    expected = reference.attention_backward(*wide([dout, qkv, out, lse]), 1, 0.0, None)
     got, lse = kernels.attention_forward(qkv, 1, 0.0, None)
     assert error(got, out) < 1e-6
     dqkv = kernels.attention_backward(dout, qkv, got, lse, 1, 0.0, None)
-    right[..., 0] = dqkv[..., 0] = 0  # this part of dq is the offset times a sum that is 0
-    for ours, theirs in zip(np.split(dqkv, 3, -1), np.split(right, 3, -1), strict=True):
+    expected[..., 0] = dqkv[..., 0] = 0  # this part of dq is the offset times a sum that is 0
+    for ours, theirs in zip(np.split(dqkv, 3, -1), np.split(expected, 3, -1), strict=True):
         assert error(ours, theirs) < 5e-6  # the CPU kernels have the error of lse, which is up to 64
 
 
@@ -229,11 +229,11 @@ def test_attention_in_bfloat16_with_large_scores(power):
     table = on_device.make_kernels()
     out, lse = table.attention_forward(strict_cupy.ndarray(qkv), 1, 0.0, None)
     dqkv = table.attention_backward(strict_cupy.ndarray(dout), strict_cupy.ndarray(qkv), out, lse, 1, 0.0, None)
-    right_out, right_lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)
-    right = reference.attention_backward(dout.astype("d"), qkv.astype("d"), right_out, right_lse, 1, 0.0, None)
-    dv, right_dv = dqkv._a[..., 32:].astype("d"), right[..., 32:]
-    assert np.linalg.norm(dv - right_dv) < 2.0**-8 * np.linalg.norm(right_dv)
-    assert np.linalg.norm(out._a.astype("d") - right_out) < 2.0**-8 * np.linalg.norm(right_out)
+    expected_out, expected_lse = reference.attention_forward(qkv.astype("d"), 1, 0.0, None)
+    expected = reference.attention_backward(dout.astype("d"), qkv.astype("d"), expected_out, expected_lse, 1, 0.0, None)
+    dv, expected_dv = dqkv._a[..., 32:].astype("d"), expected[..., 32:]
+    assert np.linalg.norm(dv - expected_dv) < 2.0**-8 * np.linalg.norm(expected_dv)
+    assert np.linalg.norm(out._a.astype("d") - expected_out) < 2.0**-8 * np.linalg.norm(expected_out)
 
 
 # GELU ----------------------------------------------------------------------------------------------------------------
@@ -245,11 +245,11 @@ def test_gelu_and_its_gradient_over_all_magnitudes(kernels, form):
     x = np.concatenate((size, -size, [0, 3.4e38, -3.4e38])).astype("f4")[None]
     ones, none = np.ones_like(x), None
     y, slope = getattr(kernels, f"{form}_forward")(x, none), getattr(kernels, f"{form}_backward")(ones, x, none, none)
-    right = getattr(reference, f"{form}_forward")(x.astype("d"), none)
-    assert (np.abs(y - right) <= 1e-6 * np.minimum(np.abs(x), np.abs(right) + 1)).all()
-    right = getattr(reference, f"{form}_backward")(ones.astype("d"), x.astype("d"), none, none)
-    np.testing.assert_allclose(slope, right, atol=1e-6)
-    assert set(right[0, np.abs(x[0]) > 100]) == {0, 1}
+    expected = getattr(reference, f"{form}_forward")(x.astype("d"), none)
+    assert (np.abs(y - expected) <= 1e-6 * np.minimum(np.abs(x), np.abs(expected) + 1)).all()
+    expected = getattr(reference, f"{form}_backward")(ones.astype("d"), x.astype("d"), none, none)
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
+    assert set(expected[0, np.abs(x[0]) > 100]) == {0, 1}
 
 
 # LayerNorm -----------------------------------------------------------------------------------------------------------
@@ -272,8 +272,8 @@ def test_inverse_rms_over_all_magnitudes():
     for power in (-36, -20, 0, 20, 36):
         x = (R.normal(size=(3, 40)) * 10.0**power).astype("f4")
         assert error(reference.inverse_rms(x, 0.0), reference.inverse_rms(x.astype("d"), 0.0)) < 1e-6
-    right = 1 / np.sqrt(np.mean(x.astype("d") ** 2, axis=-1, keepdims=True))
-    np.testing.assert_allclose(reference.inverse_rms(x.astype("d"), 0.0), right, rtol=1e-14)
+    expected = 1 / np.sqrt(np.mean(x.astype("d") ** 2, axis=-1, keepdims=True))
+    np.testing.assert_allclose(reference.inverse_rms(x.astype("d"), 0.0), expected, rtol=1e-14)
 
 
 # Norms and steps -----------------------------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def test_a_skipped_step_changes_nothing(device, bad):
         optimizers = [optim.AdamW(model, lr=0.1) for model in models]
         for step in range(4):
             for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                for sent in [bad, 0.5 + step] if i else [0.5 + step]:  # the second model also gets bad gradients
-                    model.a.grad, model.b.grad = np.full((1, 1), sent, "f4"), np.full(1, 1.0, "f4")
+                for gradient in [bad, 0.5 + step] if i else [0.5 + step]:  # the second model also gets bad gradients
+                    model.a.grad, model.b.grad = np.full((1, 1), gradient, "f4"), np.full(1, 1.0, "f4")
                     with np.errstate(invalid="ignore"):
                         optimizer.step(1.0)
         assert [optimizer.steps for optimizer in optimizers] == [4, 4]
@@ -370,8 +370,8 @@ def test_errors_are_comparable_to_pytorchs(power):
         return float(y), t.grad.numpy()
 
     for name, (function, other, values) in cases.items():
-        right = theirs(other, values.astype("d"))
-        for got, peer, correct in zip(ours(function, values), theirs(other, values), right, strict=True):
+        expected = theirs(other, values.astype("d"))
+        for got, peer, correct in zip(ours(function, values), theirs(other, values), expected, strict=True):
             if not np.isfinite(correct).all():
                 continue  # PyTorch's gradient of GELU overflows in float64
             unit = np.linalg.norm(correct) or 1e-30

@@ -79,17 +79,17 @@ OF_TWO = {  # called with operands of these shapes
 }
 
 
-def check(function, arrays, wanted):
+def check(function, arrays, are_tensors):
     """Compare values, and the derivative in a random direction with respect to the operands that are Tensors."""
-    operands = [Tensor(a, requires_grad=True) if w else a for a, w in zip(arrays, wanted, strict=True)]
+    operands = [Tensor(a, requires_grad=True) if w else a for a, w in zip(arrays, are_tensors, strict=True)]
     results, expected = function(*operands), function(*arrays)
     results, expected = (list(y) if isinstance(y, list | tuple) else [y] for y in (results, expected))
     assert len(results) == len(expected)
     weights = [R.normal(size=np.shape(y)) for y in expected]
-    for y, right in zip(results, expected, strict=True):
+    for y, want in zip(results, expected, strict=True):
         assert isinstance(y, Tensor)
-        np.testing.assert_allclose(y.numpy(), right, rtol=1e-12, atol=1e-14)
-    directions = [R.normal(size=a.shape) if w else np.zeros(a.shape) for a, w in zip(arrays, wanted, strict=True)]
+        np.testing.assert_allclose(y.numpy(), want, rtol=1e-12, atol=1e-14)
+    directions = [R.normal(size=a.shape) if w else np.zeros(a.shape) for a, w in zip(arrays, are_tensors, strict=True)]
 
     def at(step):
         y = function(*(a + step * d for a, d in zip(arrays, directions, strict=True)))
@@ -119,8 +119,8 @@ def test_a_function_with_two_operands_that_are_tensors_or_arrays(name):
             function(*map(np.ones, pair))
         except ValueError:
             continue  # NumPy does not support these shapes
-        for wanted in ((True, True), (True, False), (False, True)):
-            check(function, [R.uniform(1, 2, pair[0]), R.uniform(2.1, 3, pair[1])], wanted)
+        for are_tensors in ((True, True), (True, False), (False, True)):
+            check(function, [R.uniform(1, 2, pair[0]), R.uniform(2.1, 3, pair[1])], are_tensors)
 
 
 def test_every_function_is_in_a_table():

@@ -365,34 +365,34 @@ def test_numpy_scalars_as_arguments_do_not_promote():
 def test_lm_head_in_chunks_of_rows_equals_lm_head(head_rows):
     rng = np.random.default_rng(0)
     values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
-    outcomes = []
+    results = []
     for rows in (None, head_rows):
         x, weight = (Tensor(value, requires_grad=True) for value in values)
         loss = ops.lm_head(x, weight, targets, rows)
         (loss * 0.7).backward()
-        outcomes.append((loss.data, x.grad, weight.grad))
-    for ours, theirs in zip(*outcomes, strict=True):
+        results.append((loss.data, x.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("head_rows", [None, 4, 100])
-@pytest.mark.parametrize("place", ["leaf", "computed", "constant"])
-def test_lm_head_gradients_equals_lm_head_and_its_backward_pass(place, head_rows):
+@pytest.mark.parametrize("kind", ["leaf", "computed", "constant"])
+def test_lm_head_gradients_equals_lm_head_and_its_backward_pass(kind, head_rows):
     """The weight is a leaf, is computed from a leaf, or is a constant."""
     rng = np.random.default_rng(0)
     values, targets = (rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))), rng.integers(0, 11, (2, 7))
-    outcomes = []
+    results = []
     for at_once in (False, True):
         x, weight = (Tensor(value, requires_grad=True) for value in values)
         for _ in range(2):
-            used = {"leaf": weight, "computed": weight * 2, "constant": weight.detach()}[place]
+            used = {"leaf": weight, "computed": weight * 2, "constant": weight.detach()}[kind]
             if at_once:
                 loss = ops.lm_head_gradients(x * 1, used, targets, 0.7, head_rows)
             else:
                 loss = ops.lm_head(x * 1, used, targets).data
                 (ops.lm_head(x * 1, used, targets) * 0.7).backward()
-        outcomes.append((loss, x.grad, 0 if weight.grad is None else weight.grad))
-    for ours, theirs in zip(*outcomes, strict=True):
+        results.append((loss, x.grad, 0 if weight.grad is None else weight.grad))
+    for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
@@ -435,7 +435,7 @@ def wide(x):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_operations_with_bfloat16_weights_equal_those_with_rounded_weights(rows, dtype):
     x, w, b = Tensor(R.normal(size=(rows, 24)).astype(dtype)), half(24, 40), Tensor(R.normal(size=40).astype(dtype))
-    table, places, tokens = half(40, 24), half(rows + 3, 24), R.integers(0, 40, (2, rows))
+    table, wpe, tokens = half(40, 24), half(rows + 3, 24), R.integers(0, 40, (2, rows))
     with no_grad():
         for y, weight, bias in ((ops.linear(x, w, b), w.data, b.data), (ops.logits(x, table), table.data.T, 0)):
             expected = x.data @ weight.astype(np.float64) + bias
@@ -444,11 +444,11 @@ def test_operations_with_bfloat16_weights_equal_those_with_rounded_weights(rows,
                 assert np.linalg.norm(y.data - expected) < 2**-8 * np.linalg.norm(expected)
             else:
                 np.testing.assert_allclose(y.data, expected, rtol=1e-5, atol=1e-5)
-        for positions in (None, places):
+        for positions in (None, wpe):
             y = ops.embedding(tokens, table, positions, 2) if positions is not None else ops.embedding(tokens, table)
             expected = table.data.astype(np.float32)[tokens]
             if positions is not None:
-                expected = expected + places.data.astype(np.float32)[2 : 2 + rows]
+                expected = expected + wpe.data.astype(np.float32)[2 : 2 + rows]
             assert y.dtype == np.float32
             np.testing.assert_array_equal(y.data, expected)
         targets = tokens[0]

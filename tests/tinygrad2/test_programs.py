@@ -73,8 +73,8 @@ def test_a_wrong_gradient_is_detected(monkeypatch):
     import torch
 
     found = []
-    right = tensor._scale_backward
-    monkeypatch.setattr(tensor, "_scale_backward", lambda saved, dy, into: (1.001 * right(saved, dy, into)[0],))
+    original = tensor._scale_backward
+    monkeypatch.setattr(tensor, "_scale_backward", lambda saved, dy, into: (1.001 * original(saved, dy, into)[0],))
     for seed in range(100):
         reason = failure(draw_program(from_generator(np.random.default_rng(seed))), torch)
         found += [reason] if reason else []

@@ -95,8 +95,8 @@ def test_normal_has_the_moments_of_a_normal_distribution():
     assert abs(z.var() - 1) < 5 * np.sqrt(2 / n)
     assert abs(np.mean(z**3)) < 5 * np.sqrt(15 / n)
     assert abs(np.mean(z**4) - 3) < 5 * np.sqrt(96 / n)
-    neighbours = z.reshape(-1, 4)
-    assert np.abs(np.corrcoef(neighbours.T) - np.eye(4)).max() < 5 / np.sqrt(len(neighbours))
+    neighbors = z.reshape(-1, 4)
+    assert np.abs(np.corrcoef(neighbors.T) - np.eye(4)).max() < 5 / np.sqrt(len(neighbors))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 0, 2), (7, 3)])

@@ -20,7 +20,7 @@ def test_a_wide_layer_recomputes_its_input(name, dtype, monkeypatch):
     """The layer saves only arrays that the previous operation saves too, and the gradients are bit-identical."""
     rng = np.random.default_rng(0)
     values = [rng.normal(size=shape).astype(dtype) for shape in ((70, 24), (24,), (24,), (24, 800))]
-    outcomes, sizes = [], []
+    results, sizes = [], []
     for least in (800, 801):
         monkeypatch.setattr(backend_of(values[0]), "recompute_outputs", least)
         x, w, b, matrix = (Tensor(value, requires_grad=True) for value in values)
@@ -28,9 +28,9 @@ def test_a_wide_layer_recomputes_its_input(name, dtype, monkeypatch):
         y = ops.linear(h, matrix)
         sizes.append(sum(a.nbytes for a in y._edge[0].saved if isinstance(a, np.ndarray)))
         y.backward(np.ones(y.shape))
-        outcomes.append((y.data, *(t.grad for t in (x, w, b, matrix) if t.grad is not None)))
+        results.append((y.data, *(t.grad for t in (x, w, b, matrix) if t.grad is not None)))
     assert sizes == [values[3].nbytes, values[3].nbytes + values[0].nbytes]
-    for recomputed, saved in zip(*outcomes, strict=True):
+    for recomputed, saved in zip(*results, strict=True):
         np.testing.assert_array_equal(recomputed, saved)
 
 

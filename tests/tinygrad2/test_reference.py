@@ -103,11 +103,11 @@ def test_embedding_equals_its_formula(shape, first):
     k.embedding_backward(y, tokens, first, dwte, dwpe)
     k.embedding_backward(y, tokens, first, None, None)
     expected_wte, expected_wpe = np.ones_like(wte), np.ones_like(wpe)
-    for place in np.ndindex(shape):
-        token, position = tokens[place], first + place[-1]
-        np.testing.assert_array_equal(y[place], wte[token] + wpe[position])
-        expected_wte[token] += y[place]
-        expected_wpe[position] += y[place]
+    for index in np.ndindex(shape):
+        token, position = tokens[index], first + index[-1]
+        np.testing.assert_array_equal(y[index], wte[token] + wpe[position])
+        expected_wte[token] += y[index]
+        expected_wpe[position] += y[index]
     np.testing.assert_allclose(dwte, expected_wte, rtol=1e-13)
     np.testing.assert_allclose(dwpe, expected_wpe, rtol=1e-13)
 
@@ -131,8 +131,8 @@ def test_dropout_starting_at_an_array_of_elements():
     assert rows.shape == (2, 3, 7)
     assert rows.dtype == np.float32
     long = k.dropout_scale(KEY, 0, 100, 0.4, np.float32)
-    for place in np.ndindex(2, 3):
-        np.testing.assert_array_equal(rows[place], long[int(first[place]) :][:7])
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(rows[index], long[int(first[index]) :][:7])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -159,9 +159,9 @@ def test_splitting_a_batch_gives_the_same_dropout(split):
     full, lse = k.attention_forward(x, 2, 0.3, Key(1, 2))
     outs = [k.attention_forward(p, 2, 0.3, key) for p, _, key in parts]
     np.testing.assert_allclose(full, np.concatenate([out for out, _ in outs]), rtol=1e-12)
-    back = [k.attention_backward(d, p, *o, 2, 0.3, key) for (p, d, key), o in zip(parts, outs, strict=True)]
+    gradients = [k.attention_backward(d, p, *o, 2, 0.3, key) for (p, d, key), o in zip(parts, outs, strict=True)]
     np.testing.assert_allclose(
-        k.attention_backward(dy, x, full, lse, 2, 0.3, Key(1, 2)), np.concatenate(back), rtol=1e-9, atol=1e-14
+        k.attention_backward(dy, x, full, lse, 2, 0.3, Key(1, 2)), np.concatenate(gradients), rtol=1e-9, atol=1e-14
     )
 
 
@@ -296,7 +296,7 @@ def test_cross_entropy_equals_its_formula(shape):
     logits, targets = R.normal(size=(*shape, 7)), R.integers(0, 7, shape)
     loss, log_total = k.cross_entropy_forward(logits, targets)
     p = naive_softmax(logits)
-    expected = -np.mean([math.log(p[place][targets[place]]) for place in np.ndindex(shape)])
+    expected = -np.mean([math.log(p[index][targets[index]]) for index in np.ndindex(shape)])
     assert loss == pytest.approx(expected, rel=1e-13)
     largest = logits.max(-1)
     np.testing.assert_allclose(largest + log_total[..., 0], np.log(np.exp(logits).sum(-1)), rtol=1e-12)

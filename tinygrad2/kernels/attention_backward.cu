@@ -17,8 +17,8 @@
 // next tile is copied while the current one is used. A warp processes CHUNK rows of a tile at a time, and skips chunks
 // that are entirely above the diagonal.
 //
-// The backward pass of one layer of the 124M model, B = 64, T = 1024; X = 101 MB, a bf16 (B, T, C) array. Floor on an
-// H200, at 4.3 TB/s and 790 TFLOP/s (mma.sync reaches about 600, at 6 to 7 cycles per 16 x 8 x 16 mma):
+// The backward pass of one layer of the 124M model, B = 64, T = 1024; X = 101 MB, a bf16 (B, T, C) array. Lower bounds
+// on an H200, at 4.3 TB/s and 790 TFLOP/s (mma.sync reaches about 600, at 6 to 7 cycles per 16 x 8 x 16 mma):
 //   attention_delta        2 X read, 0.2 GB                                                            0.05 ms
 //   attention_backward_kv  4 products, 0.21 TFLOP below the diagonal; 4 X read, 2 X written, 0.6 GB    0.26 ms
 //   attention_backward_q   3 products, 0.15 TFLOP; 4 X read, X written, 0.5 GB                         0.20 ms

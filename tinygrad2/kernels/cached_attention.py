@@ -113,14 +113,14 @@ def weighted_sum(
         weights, values, n, out = arguments[2:]
         zero = ir.Constant(vector_type(), [0.0] * LANES)
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(0, size, LANES)]
-        for place in sums:
-            builder.store(zero, place)
+        for pointer in sums:
+            builder.store(zero, pointer)
         with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(1), inc=True) as (j, _):
             weight = spread(builder, builder.load(at(builder, weights, j, 4, _FLOAT)))
-            for place, value in zip(sums, _row(builder, values, j, size, width), strict=True):
-                builder.store(fma(builder, weight, value, builder.load(place)), place)
-        for i, place in enumerate(sums):
-            builder.store(builder.load(place), at(builder, out, _WORD(i * LANES), 4, vector_type()), align=4)
+            for pointer, value in zip(sums, _row(builder, values, j, size, width), strict=True):
+                builder.store(fma(builder, weight, value, builder.load(pointer)), pointer)
+        for i, pointer in enumerate(sums):
+            builder.store(builder.load(pointer), at(builder, out, _WORD(i * LANES), 4, vector_type()), align=4)
         return context.get_dummy_value()
 
     return types.void(bits, D, *[types.int64] * 4), generate

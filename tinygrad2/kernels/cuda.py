@@ -167,23 +167,23 @@ def cpp_type(dtype: DTypeLike) -> str | None:
     return CPP_TYPES.get(numpy.dtype(dtype))
 
 
-def tensor_cores_take(head_size: int) -> bool:
+def tensor_cores_support(head_size: int) -> bool:
     """Whether attention with this head size can use tensor cores."""
     return head_size % 16 == 0 and head_size <= 128
 
 
-def _known(*arrays: Array) -> bool:
+def _supported_dtypes(*arrays: Array) -> bool:
     """Whether the kernels support the dtypes of all these arrays."""
     return all(x.dtype in CPP_TYPES for x in arrays)
 
 
-def _one_known(*arrays: Array) -> bool:
+def _same_supported_dtype(*arrays: Array) -> bool:
     """Whether these arrays have the same dtype, and the kernels support it."""
     return arrays[0].dtype in CPP_TYPES and all(x.dtype == arrays[0].dtype for x in arrays)
 
 
 def _on_tensor_cores(qkv: Array, n_head: int) -> bool:
-    return qkv.dtype == bfloat16 and tensor_cores_take(qkv.shape[-1] // (3 * n_head))
+    return qkv.dtype == bfloat16 and tensor_cores_support(qkv.shape[-1] // (3 * n_head))
 
 
 class CudaKernels:
@@ -278,13 +278,13 @@ class CudaKernels:
 
     # Matrix products --------------------------------------------------------------------------------------------------
 
-    @only_if(lambda x, weight, bias: _known(x, weight) and x.size)
+    @only_if(lambda x, weight, bias: _supported_dtypes(x, weight) and x.size)
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> Array:
         weight = weight.astype(x.dtype, copy=False)
         bias = None if bias is None else bias.astype(x.dtype, copy=False)
         return self.gemm(x.reshape(-1, x.shape[-1]), weight, bias=bias).reshape(*x.shape[:-1], weight.shape[1])
 
-    @only_if(lambda dy, x, weight, dweight, dbias: _known(dy, x, weight) and dy.size)
+    @only_if(lambda dy, x, weight, dweight, dbias: _supported_dtypes(dy, x, weight) and dy.size)
     def linear_backward(self, dy: Array, x: Array, weight: Array, dweight: Array | None, dbias: Array | None) -> Array:
         dy2 = dy.reshape(-1, dy.shape[-1])
         if dweight is not None:
@@ -326,7 +326,7 @@ class CudaKernels:
         count = 16 // arrays[0].dtype.itemsize
         return 1 if C % count or any(array.data.ptr % 16 for array in arrays) else count
 
-    @only_if(lambda tokens, wte, wpe, first_position: _known(wte))
+    @only_if(lambda tokens, wte, wpe, first_position: _supported_dtypes(wte))
     def embedding_forward(self, tokens: Array, wte: Array, wpe: Array | None, first_position: int) -> Array:
         np, C, T = self._np, wte.shape[1], tokens.shape[-1] if tokens.ndim else 1
         y = np.empty((*tokens.shape, C), dtype=wte.dtype)
@@ -339,7 +339,7 @@ class CudaKernels:
         kernel((-(-tokens.size * (C // width) // 256),), (256,), (y, wte, positions, tokens, *numbers))
         return y
 
-    @only_if(lambda dy, tokens, first_position, dwte, dwpe: _known(dy))
+    @only_if(lambda dy, tokens, first_position, dwte, dwpe: _supported_dtypes(dy))
     def embedding_backward(
         self, dy: Array, tokens: numpy.ndarray, first_position: int, dwte: Array | None, dwpe: Array | None
     ) -> None:
@@ -370,7 +370,7 @@ class CudaKernels:
 
     # Dropout ----------------------------------------------------------------------------------------------------------
 
-    @only_if(lambda x, rate, key: _known(x))
+    @only_if(lambda x, rate, key: _supported_dtypes(x))
     def dropout_forward(self, x: Array, rate: float, key: Key) -> Array:
         x = self._np.ascontiguousarray(x)
         y = self._np.empty(x.shape, dtype=x.dtype)
@@ -390,21 +390,21 @@ class CudaKernels:
 
     # LayerNorm --------------------------------------------------------------------------------------------------------
 
-    @only_if(lambda x, weight, bias, eps: _known(x))
+    @only_if(lambda x, weight, bias, eps: _supported_dtypes(x))
     def layernorm_forward(self, x: Array, weight: Array, bias: Array, eps: float) -> Arrays:
         return self._layernorm_forward("layernorm_forward", (x,), weight, bias, eps)
 
-    @only_if(lambda x, delta, weight, bias, eps: _one_known(x, delta))
+    @only_if(lambda x, delta, weight, bias, eps: _same_supported_dtype(x, delta))
     def add_layernorm_forward(self, x: Array, delta: Array, weight: Array, bias: Array, eps: float) -> Arrays:
         return self._layernorm_forward("add_layernorm_forward", (x, delta), weight, bias, eps)
 
-    @only_if(lambda dy, x, *_: _one_known(dy, x))
+    @only_if(lambda dy, x, *_: _same_supported_dtype(dy, x))
     def layernorm_backward(
         self, dy: Array, x: Array, weight: Array, mean: Array, rstd: Array, dweight: Array | None, dbias: Array | None
     ) -> Array:
         return self._layernorm_backward("layernorm_backward", (dy, x), weight, mean, rstd, dweight, dbias)
 
-    @only_if(lambda ds, dy, s, *_: _one_known(ds, dy, s))
+    @only_if(lambda ds, dy, s, *_: _same_supported_dtype(ds, dy, s))
     def add_layernorm_backward(
         self,
         ds: Array,
@@ -482,7 +482,7 @@ class CudaKernels:
         )
         return out, lse
 
-    @only_if(lambda qkv, cache, length, n_head: _one_known(qkv, cache) and cache.flags.c_contiguous)
+    @only_if(lambda qkv, cache, length, n_head: _same_supported_dtype(qkv, cache) and cache.flags.c_contiguous)
     def attention_cached(self, qkv: Array, cache: Array, length: int, n_head: int) -> Array:
         """Attention of one new token, limited by the time to read the cache. bfloat16 prompts use attention_forward."""
         B, T, width = qkv.shape
@@ -540,19 +540,19 @@ class CudaKernels:
 
     # GELU -------------------------------------------------------------------------------------------------------------
 
-    @only_if(lambda x, bias: _known(x))
+    @only_if(lambda x, bias: _supported_dtypes(x))
     def gelu_forward(self, x: Array, bias: Array | None) -> Array:
         return self._gelu_forward("gelu_forward", x, bias)
 
-    @only_if(lambda dy, x, bias, dbias: _one_known(dy, x))
+    @only_if(lambda dy, x, bias, dbias: _same_supported_dtype(dy, x))
     def gelu_backward(self, dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
         return self._gelu_backward("gelu_backward", dy, x, bias, dbias)
 
-    @only_if(lambda x, bias: _known(x))
+    @only_if(lambda x, bias: _supported_dtypes(x))
     def gelu_exact_forward(self, x: Array, bias: Array | None) -> Array:
         return self._gelu_forward("gelu_exact_forward", x, bias)
 
-    @only_if(lambda dy, x, bias, dbias: _one_known(dy, x))
+    @only_if(lambda dy, x, bias, dbias: _same_supported_dtype(dy, x))
     def gelu_exact_backward(self, dy: Array, x: Array, bias: Array | None, dbias: Array | None) -> Array:
         return self._gelu_backward("gelu_exact_backward", dy, x, bias, dbias)
 
@@ -607,7 +607,7 @@ class CudaKernels:
         aligned[V:] = 0
         return aligned
 
-    @only_if(lambda x, weight, targets: _known(x))
+    @only_if(lambda x, weight, targets: _supported_dtypes(x))
     def lm_head_forward(self, x: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
         np, (V, C) = self._np, weight.shape
         rows = np.ascontiguousarray(x.reshape(-1, C))
@@ -626,7 +626,7 @@ class CudaKernels:
         mean((1,), (1024,), (loss, losses, numpy.int32(len(rows))))
         return loss, logits[:, :V]
 
-    @only_if(lambda dloss, dlogits, x, weight, dweight: _known(x))
+    @only_if(lambda dloss, dlogits, x, weight, dweight: _supported_dtypes(x))
     def lm_head_backward(self, dloss: Array, dlogits: Array, x: Array, weight: Array, dweight: Array | None) -> Array:
         np, V = self._np, len(weight)
         rows, aligned = np.ascontiguousarray(x.reshape(-1, x.shape[-1])), self._aligned_vocabulary(weight, x.dtype)

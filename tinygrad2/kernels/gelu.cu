@@ -68,7 +68,7 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
 }
 
 // y = u / (1 + exp(-2 sqrt(2 / pi) (u + 0.044715 u^3))). Reads x, writes y: 4 bytes per element in bf16, 10 FLOPs. At
-// N = 65536, C = 3072: 0.8 GB, 2 GFLOP, floor 0.19 ms.
+// N = 65536, C = 3072: 0.8 GB, 2 GFLOP, at least 0.19 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   forward<Tanh>(y, x, bias, rows);
@@ -76,20 +76,21 @@ gelu_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __res
 
 // dx = dy (s + 2 u s (1 - s) sqrt(2 / pi) (1 + 3 * 0.044715 u^2)), where s is the logistic function above. The column
 // sums of dx are written to partial (gridDim.y, C). Reads dy and x, writes dx: 6 bytes per element in bf16, 20 FLOPs.
-// At N = 65536, C = 3072: 1.2 GB, 4 GFLOP, floor 0.28 ms.
+// At N = 65536, C = 3072: 1.2 GB, 4 GFLOP, at least 0.28 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
               const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   backward<Tanh>(dx, partial, dy, x, bias, rows);
 }
 
-// y = u (1 + erf(u / sqrt(2))) / 2. Bytes and floor as for gelu_forward, about 30 FLOPs per element.
+// y = u (1 + erf(u / sqrt(2))) / 2. Bytes and minimum time as for gelu_forward, about 30 FLOPs per element.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_forward(REAL* __restrict__ y, const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {
   forward<Exact>(y, x, bias, rows);
 }
 
-// dx = dy (Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)). Bytes and floor as for gelu_backward, about 40 FLOPs per element.
+// dx = dy (Phi(u) + u exp(-u^2 / 2) / sqrt(2 pi)). Bytes and minimum time as for gelu_backward, about 40 FLOPs per
+// element.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gelu_exact_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
                     const REAL* __restrict__ x, const BIAS* __restrict__ bias, int rows) {

@@ -244,9 +244,9 @@ class Gemm:
         self._call("MatmulDescSetAttribute", operation, attribute, byref(value), ctypes.sizeof(value))
 
     def _new(self, name: str, *args: int) -> c_void_p:
-        made = c_void_p()
-        self._call(name, byref(made), *args)
-        return made
+        created = c_void_p()
+        self._call(name, byref(created), *args)
+        return created
 
     def _call(self, name: str, *args: Any) -> None:
         status = getattr(self._library, "cublasLt" + name)(*args)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a large matrix, y += x w. They are memory-bound and take most of the time of generation.
+"""Products of a few rows with a large matrix, y += x w. They are memory-bound and take most of the generation time.
 
 BLAS is optimized for matrices whose elements are reused many times. Here each weight is read once, for all rows of x,
 so the run time is the time to read w. Only sequential reads reach the full memory bandwidth, so each thread reads a
@@ -31,7 +31,7 @@ LANES, ROWS = (16, 6) if _WIDE else (8, 2)  # elements per vector; rows of x per
 VECTORS = 4  # vectors of columns per pass, for a row-major w
 DEPTH, COLUMN_DEPTH = 8, 2  # rows of a row-major w, or columns of a column-major one, per pass
 CHUNKS = 4  # parts of the rows of a row-major w with separate sums; more parts would write and read more sums
-PADDING = 16  # numbers between rows of sums: 4096 bytes apart, they would evict each other from the cache
+PADDING = 16  # numbers between rows of sums; rows 4096 bytes apart would evict each other from the cache
 GRAIN = 1 << 16  # minimum number of weights per thread
 SUMS_GRAIN = 1 << 11  # minimum number of elements of y per thread, to add the sums
 
@@ -59,13 +59,13 @@ def load(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, bits: int) -
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value, nbytes: int) -> None:
-    """Fetch the next bytes from an address into the second-level cache."""
+    """Prefetch `nbytes` bytes, from an address on, into the second-level cache."""
     byte, flag = ir.IntType(8), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     for offset in range(0, nbytes, 64):
-        place = builder.inttoptr(builder.add(address, _WORD(offset)), byte.as_pointer())
-        builder.call(prefetch, [place, flag(0), flag(2), flag(1)])  # for reading, second level, data
+        pointer = builder.inttoptr(builder.add(address, _WORD(offset)), byte.as_pointer())
+        builder.call(prefetch, [pointer, flag(0), flag(2), flag(1)])  # for reading, second level, data
 
 
 def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
@@ -103,7 +103,7 @@ def _plain(
     """y[r, j] += sum over d < depth of x[r, d] w[d, j], for r < rows and j < n; n is a multiple of VECTORS LANES.
 
     With several rows, the reads are not sequential, so the next `depth` rows of w are prefetched in the order of their
-    addresses. With one, the access is sequential, and the processor's own prefetcher does better.
+    addresses. With one row, they are sequential, and the hardware prefetcher does better.
     """
     size, width = bits // 8, VECTORS * LANES
     ahead = cgutils.alloca_once_value(builder, w)
@@ -113,13 +113,13 @@ def _plain(
     gap = builder.mul(builder.sub(ldw, n), _WORD(size))  # from the end of one row's part to the start of the next
     sums = [[cgutils.alloca_once(builder, vector_type()) for _ in range(VECTORS)] for _ in range(rows)]
     with cgutils.for_range_slice(builder, _WORD(0), n, _WORD(width), inc=True) as (j, _):
-        places = [
+        pointers = [
             [at(builder, y, builder.add(row, _WORD(v * LANES)), 4, vector_type()) for v in range(VECTORS)]
             for row in (builder.add(builder.mul(_WORD(r), ldy), j) for r in range(rows))
         ]
         for r in range(rows):
-            for total, place in zip(sums[r], places[r], strict=True):
-                builder.store(builder.load(place, align=4), total)
+            for total, pointer in zip(sums[r], pointers[r], strict=True):
+                builder.store(builder.load(pointer, align=4), total)
         with cgutils.for_range_slice(builder, _WORD(0), _WORD(depth), _WORD(1), inc=True) as (d, _):
             if rows > 1 and depth > 1:
                 _prefetch(builder, builder.load(ahead), width * size)
@@ -136,8 +136,8 @@ def _plain(
                 for total, weight in zip(sums[r], weights, strict=True):
                     builder.store(fma(builder, factor, weight, builder.load(total)), total)
         for r in range(rows):
-            for total, place in zip(sums[r], places[r], strict=True):
-                builder.store(builder.load(total), place, align=4)
+            for total, pointer in zip(sums[r], pointers[r], strict=True):
+                builder.store(builder.load(total), pointer, align=4)
 
 
 def _transposed(
@@ -168,12 +168,12 @@ def _transposed(
         for r in range(rows):
             numbers = load(builder, x, builder.add(builder.mul(_WORD(r), ldx), j), 32)
             for d in range(depth):
-                place = totals[r][d]
-                builder.store(fma(builder, numbers, weights[d], builder.load(place)), place)
+                pointer = totals[r][d]
+                builder.store(fma(builder, numbers, weights[d], builder.load(pointer)), pointer)
     for r in range(rows):
         for d in range(depth):
-            place = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
-            builder.store(builder.fadd(builder.load(place), lane_sum(builder, builder.load(totals[r][d]))), place)
+            pointer = at(builder, y, builder.add(builder.mul(_WORD(r), ldy), _WORD(d)), 4, _FLOAT)
+            builder.store(builder.fadd(builder.load(pointer), lane_sum(builder, builder.load(totals[r][d]))), pointer)
 
 
 @intrinsic(prefer_literal=True)
@@ -216,8 +216,8 @@ def _multiply(
 def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
     """Compile the task that reads a part of w. Its arguments: the addresses of x, w, y, and the partial sums (CHUNKS,
     M, N + PADDING), then M, K, N. For a column-major w the part is columns start ... stop - 1, and their products are
-    added to y. The rows of a row-major w are divided into CHUNKS, and each chunk into units of VECTORS LANES columns.
-    The part is units start ... stop - 1 of all chunks; their products are the partial sums, for _sums_task."""
+    added to y. The rows of a row-major w are divided into CHUNKS chunks, and each chunk into units of VECTORS LANES
+    columns. The part is units start ... stop - 1 of all chunks; their products are the partial sums, for _sums_task."""
     # Numba's disk cache is keyed by the values of closure variables. Only numbers compare equal across processes.
     size, zero = bits // 8, np.float32(0) if bits == 32 else np.uint16(0)
 
@@ -253,7 +253,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
         x, w, y, M, K, N = a[0], a[1], a[2], a[4], a[5], a[6]
         xs, ys = carray(pool.pointer(x, np.float32(0)), (M, K)), carray(pool.pointer(y, np.float32(0)), (M, N))
         ws = carray(pool.pointer(w, zero), (N, K))
-        # Process several columns of w per pass, so that each load from x is used for all; one if x has one row.
+        # Process several columns of w per pass, so that each load from x is used for all; only one if x has one row.
         whole, n = start if M == 1 else stop - (stop - start) % COLUMN_DEPTH, K // LANES * LANES
         for j in range(start, whole, COLUMN_DEPTH):
             m, weights = 0, w + size * j * K
@@ -273,7 +273,7 @@ def _task(bits: int, by_columns: bool) -> pool.CompiledTask:
 
 @functools.cache
 def _sums_task() -> pool.CompiledTask:
-    """Compile the task that adds the partial sums to columns start ... stop - 1 of y. Its arguments are _task's."""
+    """Compile the task that adds the partial sums to columns start ... stop - 1 of y, with the arguments of _task."""
 
     def add_sums(arguments: int, start: int, stop: int) -> None:
         a = carray(pool.pointer(arguments, np.int64(0)), (7,))
@@ -287,7 +287,7 @@ def _sums_task() -> pool.CompiledTask:
     return pool.task(add_sums)
 
 
-_tasks: dict[tuple[int, bool], pool.CompiledTask] = {}  # compiled at first use
+_tasks: dict[tuple[int, bool], pool.CompiledTask] = {}  # compiled on first use
 
 
 def supports(x: np.ndarray, weight: np.ndarray) -> bool:
@@ -312,7 +312,7 @@ def new_sums(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def tasks(x: np.ndarray, weight: np.ndarray) -> list[tuple[pool.CompiledTask, list[tuple[int, int]]]]:
     """The tasks of add_product and their ranges; only the last writes to y, and its ranges are columns of y.
 
-    Each thread's part begins at a multiple of a complete vector: the remainder is summed in a different order.
+    Each thread's part begins at a multiple of the vector length, since a remainder is summed in a different order.
     """
     by_columns = not weight.flags.c_contiguous
     kind = (8 * weight.itemsize, by_columns)

@@ -102,7 +102,7 @@ constexpr int FORWARD_BLOCKS = C > 6144 ? 1 : sizeof(REAL) == 2 ? 4 : 3;
 constexpr int BACKWARD_BLOCKS = C > 6144 || sizeof(REAL) > 2 ? 1 : 2;
 
 // y = w (x - mean) rstd + b. Reads x, writes y: 4 bytes per element in bf16, 8 FLOPs. At N = 65536, C = 768: 0.2 GB,
-// 0.4 GFLOP, floor 0.047 ms.
+// 0.4 GFLOP, at least 0.047 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, const REAL* __restrict__ x,
                   const float* __restrict__ weight, const float* __restrict__ bias, int rows, float eps) {
@@ -110,7 +110,7 @@ layernorm_forward(REAL* __restrict__ y, float* __restrict__ mean, float* __restr
 }
 
 // s = x + delta, y = w (s - mean) rstd + b. Reads x and delta, writes s and y: 8 bytes per element in bf16, 9 FLOPs. At
-// N = 65536, C = 768: 0.4 GB, 0.45 GFLOP, floor 0.094 ms.
+// N = 65536, C = 768: 0.4 GB, 0.45 GFLOP, at least 0.094 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, FORWARD_BLOCKS)
 add_layernorm_forward(REAL* __restrict__ s, REAL* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd,
                       const REAL* __restrict__ x, const REAL* __restrict__ delta, const float* __restrict__ weight,
@@ -201,8 +201,8 @@ __device__ __forceinline__ void backward(REAL* dx, float* partial, const REAL* d
 // With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)). A block writes its sums of
 // dy xhat and dy to its rows of partial[0] and partial[1] (2, blocks, C); columns.cu adds them. In bf16, two blocks
 // share a multiprocessor.
-// Reads dy and x, writes dx: 6 bytes per element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, floor
-// 0.070 ms.
+// Reads dy and x, writes dx: 6 bytes per element in bf16, 16 FLOPs. At N = 65536, C = 768: 0.3 GB, 0.8 GFLOP, at
+// least 0.070 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ dy,
                    const REAL* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ mean,
@@ -210,7 +210,7 @@ layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REA
   backward<false>(dx, partial, nullptr, dy, x, weight, mean, rstd, rows);
 }
 
-// The same, plus ds, the gradient of the sum: 8 bytes per element in bf16, 17 FLOPs; 0.4 GB, floor 0.094 ms.
+// The same, plus ds, the gradient of the sum: 8 bytes per element in bf16, 17 FLOPs; 0.4 GB, at least 0.094 ms.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BACKWARD_BLOCKS)
 add_layernorm_backward(REAL* __restrict__ dx, float* __restrict__ partial, const REAL* __restrict__ ds,
                        const REAL* __restrict__ dy, const REAL* __restrict__ x, const float* __restrict__ weight,

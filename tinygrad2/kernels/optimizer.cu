@@ -26,7 +26,7 @@ __device__ __forceinline__ bool aligned(const void* p) { return (unsigned long l
 // One of the three sums neither overflows nor underflows (see squared_norm and norm in reference.py).
 // Each of a thread's four sums covers every fourth element that the thread reads. The number of blocks depends only on
 // n, so the sum is the same on every device.
-// Reads 4 bytes per element: 124M elements are 0.50 GB, 1 GFLOP; floor 0.12 ms.
+// Reads 4 bytes per element: 124M elements are 0.50 GB, 1 GFLOP; at least 0.12 ms.
 constexpr int UNITS = 3;
 extern "C" __global__ void __launch_bounds__(256)
 square_partials(const float* x, float* partial, long long n) {
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_partials(const float* part
 // Values that change from step to step are read from device memory. 1 - b^step is computed as -expm1(step ln b), since
 // a subtraction from 1 would lose precision; for the same reason, 1 - b is passed (as `rest`) instead of b. If scale is
 // NaN, nothing changes: this is how the optimizer skips a step whose gradients are not finite.
-// Reads 16 bytes per element and writes 12: 124M elements are 3.5 GB, 1.9 GFLOP; floor 0.81 ms.
+// Reads 16 bytes per element and writes 12: 124M elements are 3.5 GB, 1.9 GFLOP; at least 0.81 ms.
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* value, const float* grad, float* m, float* v, const float* grad_scale, const float* lr, const float* step,
       float rest1, float rest2, float log_beta1, float log_beta2, float eps, float weight_decay, long long n) {

@@ -267,7 +267,7 @@ class _Worker:
 
 
 _busy = threading.Lock()  # workers compute for one caller at a time; other callers compute on their own threads
-_caller = 0  # the thread that last had the workers
+_caller = 0  # the thread that last used the workers
 _slots = np.zeros((0, WORDS), dtype=np.int64)
 _workers: list[_Worker] = []
 
@@ -310,18 +310,18 @@ def _close() -> None:
 
 
 def _computing_here() -> bool:
-    """Whether the workers compute for this thread, which then is in a signal handler."""
+    """Whether the workers are computing for this thread. It is then running a signal handler."""
     return _busy.locked() and _caller == threading.get_ident()
 
 
 def _before_fork() -> None:
-    """Let the workers finish, so that the forked process has their results too."""
+    """Let the workers finish, so that the child process has their results too."""
     if _computing_here():
         _wait_for(_workers)
 
 
 def _reset_after_fork() -> None:
-    """Reset the state in a forked process, where the threads do not exist."""
+    """Reset the state in the child process, in which the threads do not exist."""
     global _busy, _workers
     _workers = []
     if not _computing_here():
@@ -336,8 +336,8 @@ forks.locks.append(global_compiler_lock)
 def each(task: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
     """Call task(start, stop) for every range in parallel, with the first range on the calling thread.
 
-    A nested call runs all ranges on its own thread. If parts raise errors, the first error is re-raised after all
-    parts have finished.
+    A nested call runs all ranges on its own thread. If any part raises an error, the first one is re-raised after
+    all parts have finished.
     """
     if len(ranges) == 1 or hasattr(forks.worker, "inside") or not _busy.acquire(blocking=False):
         for start, stop in ranges:
@@ -403,10 +403,10 @@ def table(steps: list[tuple[int, np.ndarray, list[tuple[int, int]]]]) -> np.ndar
 
 def run_table(table: np.ndarray) -> None:
     """Run the tasks of a table one after another, each like `each_compiled`, without Python code in between."""
-    place, width, count, spins = table.ctypes.data, table.shape[1], len(table), _spins()
+    address, width, count, spins = table.ctypes.data, table.shape[1], len(table), _spins()
     parts = int(table[:, 2].max())
     if parts == 1 or hasattr(forks.worker, "inside") or not _busy.acquire(blocking=False):
-        _run_steps(place, width, 0, count, _slots.ctypes.data, False, spins)
+        _run_steps(address, width, 0, count, _slots.ctypes.data, False, spins)
         return
     try:
         workers, done = _get_workers(parts - 1), 0
@@ -415,7 +415,7 @@ def run_table(table: np.ndarray) -> None:
         while 0 <= done < count:
             ended = False
             try:
-                done = _run_steps(place, width, done, count, _slots.ctypes.data, True, spins)
+                done = _run_steps(address, width, done, count, _slots.ctypes.data, True, spins)
                 ended = done == count
             finally:
                 if not ended:
@@ -429,7 +429,9 @@ def _wait_for(workers: list[_Worker]) -> None:
     try:
         while not _wait(_slots.ctypes.data, len(workers), _spins()):
             if _lost(workers):
-                raise RuntimeError("pool: a signal handler forked during a computation, which the new process lost")
+                raise RuntimeError(
+                    "pool: a signal handler forked during a computation; the child process cannot complete it"
+                )
             for worker in workers:
                 worker.wake_up()
             time.sleep(0)  # yields the core if there are more threads than cores
@@ -440,5 +442,5 @@ def _wait_for(workers: list[_Worker]) -> None:
 
 
 def _lost(workers: list[_Worker]) -> bool:
-    """Whether these workers are threads of the process from which this one was forked."""
+    """Whether these workers are threads of the parent process, from which this process was forked."""
     return not all(worker.thread.is_alive() for worker in workers)

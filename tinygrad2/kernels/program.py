@@ -114,7 +114,7 @@ class Program:
         self._add(_gelu_task(), (x, bias, y), x.shape, threads.parts(x.shape[1], GELU_GRAIN))
 
     def attention_cached(self, qkv: np.ndarray, cache: np.ndarray, n_head: int, out: np.ndarray) -> None:
-        """out = attention for one new token per text, whose keys and values are added to the cache."""
+        """out = attention for one new token per sequence, whose keys and values are added to the cache."""
         B, capacity, D = len(qkv), cache.shape[3], cache.shape[4]
         partial = np.empty((B, n_head, -(-capacity // cpu.CACHE_BLOCK), D + 2), np.float32)
         parts = len(threads.parts(B * n_head * capacity, max(1, cpu.CACHE_GRAIN // D)))
@@ -135,7 +135,7 @@ class Program:
         return arguments
 
     def run(self, position: int) -> None:
-        """Execute all operations, for tokens at this position of their texts."""
+        """Execute all operations, for tokens at this position of their sequences."""
         if self._table is None:
             steps = zip(self._steps, self._arguments, strict=True)
             self._table = pool.table([(address, arguments, ranges) for (address, ranges), arguments in steps])

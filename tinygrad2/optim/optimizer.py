@@ -122,8 +122,8 @@ class Optimizer(ABC):
         return self._arena.backend.zeros((n,), self._arena.dtype)
 
     def _runs(self) -> Iterator[tuple[Region, int, int, tuple[str, ...]]]:
-        """(region, start, stop, state names) of each part. Parts are the regions, or this rank's shares of the buckets,
-        split between parameters whose state names differ."""
+        """Yield (region, start, stop, state names) of each part. Parts are the regions, or this rank's shares of the
+        buckets, split between parameters whose state names differ."""
         regions = [(region, 0, len(region.values)) for region in self._arena.regions]
         for region, first, last in regions if self.shared_by is None else self._shares(self.shared_by):
             for names, members in groupby(region.where.items(), key=lambda item: self.state_names(item[0])):

@@ -49,10 +49,10 @@ def check(k, name, args, added=0):
     theirs = [wide(a) for a in args]
     got, expected = getattr(k, name)(*ours), getattr(reference, name)(*theirs)
     got, expected = (list(r) if isinstance(r, tuple) else [r] for r in (got, expected))
-    kept = len(args) - added
-    for before, after in zip(args[:kept], ours[:kept], strict=True):
+    first_added = len(args) - added
+    for before, after in zip(args[:first_added], ours[:first_added], strict=True):
         assert not isinstance(before, np.ndarray) or before.tobytes() == after.tobytes()
-    for i in range(kept, len(args)):
+    for i in range(first_added, len(args)):
         if ours[i] is not None:
             got.append(ours[i])
             expected.append(theirs[i])
@@ -80,8 +80,8 @@ def check_unaligned(cases):
     """Check that unaligned matrices give the same bits as aligned ones."""
     k = kernels()
     for name, args, _ in cases:
-        aligned, apart = ([a.copy() if isinstance(a, np.ndarray) else a for a in args] for _ in range(2))
-        results = [getattr(k, name)(*given) for given in (aligned, map(unaligned, apart))]
+        aligned, misaligned = ([a.copy() if isinstance(a, np.ndarray) else a for a in args] for _ in range(2))
+        results = [getattr(k, name)(*given) for given in (aligned, map(unaligned, misaligned))]
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
             assert a.tobytes() == b.tobytes()
 
@@ -110,12 +110,12 @@ def bits_in(schedule, run):
 
 def fault_is_caught(inject, run):
     """Whether a fault changes bits or fails a check with at least one schedule."""
-    right = bits_in(0, run)
+    correct = bits_in(0, run)
     inject()
 
     def caught(schedule):
         try:
-            return bits_in(schedule, run) != right
+            return bits_in(schedule, run) != correct
         except (AssertionError, RuntimeError):
             return True
 

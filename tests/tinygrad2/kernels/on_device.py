@@ -46,9 +46,9 @@ def wide(array):
     return array._a.astype("d")
 
 
-def error(array, right):
+def error(array, expected):
     """The error relative to the norm of the correct result; infinite if there is a NaN."""
-    distance = np.linalg.norm(wide(array) - right) / (np.linalg.norm(right) or 1)
+    distance = np.linalg.norm(wide(array) - expected) / (np.linalg.norm(expected) or 1)
     return distance if np.isfinite(distance) else np.inf
 
 

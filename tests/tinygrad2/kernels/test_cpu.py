@@ -109,7 +109,7 @@ def convert(value, dtype, how=np.array):
     return how(value.astype(dtype)) if is_float else value
 
 
-def awkward(array):
+def strided_view(array):
     """A read-only view with the same values and gaps between the elements."""
     if array.ndim == 0:
         return array
@@ -151,10 +151,10 @@ def test_a_kernel_equals_the_reference(name, shape):
             given = [convert(value, dtype) for value in values]
             got = results(getattr(cpu, name)(*given), given, name)
             assert len(got) == len(expected)
-            for result, right in zip(got, expected, strict=True):
+            for result, correct in zip(got, expected, strict=True):
                 assert result.dtype == dtype
-                assert result.shape == right.shape
-                assert error(result, right) <= bound
+                assert result.shape == correct.shape
+                assert error(result, correct) <= bound
             for i, (value, before) in enumerate(zip(given, values, strict=True)):
                 if isinstance(value, np.ndarray) and i not in CHANGED.get(name, ()):
                     np.testing.assert_array_equal(value, convert(before, dtype), f"{name} changed argument {i}")
@@ -166,10 +166,10 @@ def test_strided_read_only_inputs_give_the_same_results(name):
         plain, strided = ([convert(value, np.float32) for value in values] for _ in range(2))
         for i, value in enumerate(strided):
             if isinstance(value, np.ndarray) and value.dtype == np.float32 and i not in CHANGED.get(name, ()):
-                strided[i] = awkward(value)
+                strided[i] = strided_view(value)
         got = results(getattr(cpu, name)(*strided), strided, name)
-        for result, right in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
-            assert error(result, right.astype(np.float64)) < 1e-6
+        for result, correct in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
+            assert error(result, correct.astype(np.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -183,13 +183,13 @@ def test_nonfinite_values_propagate_as_in_the_reference(name, bad):
         expected_arguments, given = ([convert(value, np.float32) for value in values] for _ in range(2))
         expected = results(getattr(reference, name)(*expected_arguments), expected_arguments, name)
         got = results(getattr(cpu, name)(*given), given, name)
-    for result, right in zip(got, expected, strict=True):
-        bad_here, bad_there = ~np.isfinite(result), ~np.isfinite(right)
+    for result, correct in zip(got, expected, strict=True):
+        nonfinite, expected_nonfinite = ~np.isfinite(result), ~np.isfinite(correct)
         if name == "attention_backward":  # in the reference, NaN times 0 reaches masked keys too
-            assert bad_here.any() == bad_there.any()
-            assert not (bad_here & ~bad_there).any()
+            assert nonfinite.any() == expected_nonfinite.any()
+            assert not (nonfinite & ~expected_nonfinite).any()
         else:
-            np.testing.assert_array_equal(bad_here, bad_there)
+            np.testing.assert_array_equal(nonfinite, expected_nonfinite)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("linear", "lm_head"))])
@@ -201,8 +201,8 @@ def test_sums_do_not_depend_on_the_number_of_threads(name, set_threads):
         given = [convert(value, np.float32) for value in arguments(name, (3, 131, 96))[0]]
         outcomes.append(results(getattr(cpu, name)(*given), given, name))
     for outcome in outcomes[1:]:
-        for result, right in zip(outcome, outcomes[0], strict=True):
-            np.testing.assert_array_equal(result, right)
+        for result, correct in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, correct)
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
@@ -262,14 +262,14 @@ def test_a_bfloat16_kernel_equals_the_reference_on_the_same_values(products, nam
         got = results(getattr(cpu, name)(*given), given, name)
         assert len(got) == len(expected)
         changed = len([i for i in CHANGED.get(name, ()) if given[i] is not None])
-        for i, (result, right) in enumerate(zip(got, expected, strict=True)):
+        for i, (result, correct) in enumerate(zip(got, expected, strict=True)):
             parameter = i >= len(got) - changed and name != "attention_cached"
             narrow = not parameter and i not in SUMS.get(name, ())
             assert result.dtype == (bfloat16 if narrow else np.float32)
-            assert result.shape == right.shape
+            assert result.shape == correct.shape
             # A result is rounded once, by at most 2^-9. Sums and logits are rounded before the kernel continues.
             bound = {"add_layernorm_forward": 4e-3, "lm_head_forward": 2e-2}.get(name, 4e-3 if narrow else 1e-3)
-            assert error(result, right) <= bound, i
+            assert error(result, correct) <= bound, i
         for i, (value, old) in enumerate(zip(given, before, strict=True)):
             if isinstance(value, np.ndarray) and i not in CHANGED.get(name, ()):
                 np.testing.assert_array_equal(value, old, f"{name} changed argument {i}")
@@ -281,10 +281,10 @@ def test_strided_read_only_bfloat16_inputs_give_the_same_results(products, name)
         plain, strided = (in_bfloat16(name, values) for _ in range(2))
         for i, value in enumerate(strided):
             if isinstance(value, np.ndarray) and value.dtype == bfloat16 and i not in CHANGED.get(name, ()):
-                strided[i] = awkward(value)
+                strided[i] = strided_view(value)
         got = results(getattr(cpu, name)(*strided), strided, name)
-        for result, right in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
-            assert error(result, as_float64(right)) < 1e-3
+        for result, correct in zip(got, results(getattr(cpu, name)(*plain), plain, name), strict=True):
+            assert error(result, as_float64(correct)) < 1e-3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -299,13 +299,13 @@ def test_nonfinite_bfloat16_values_propagate_as_in_the_reference(products, name,
         wider = [value.copy() if isinstance(value, np.ndarray) else value for value in wider]
         expected = results(getattr(reference, name)(*wider), wider, name)
         got = results(getattr(cpu, name)(*values), values, name)
-    for result, right in zip(got, expected, strict=True):
-        bad_here, bad_there = (~np.isfinite(as_float64(array)) for array in (result, right))
+    for result, correct in zip(got, expected, strict=True):
+        nonfinite, expected_nonfinite = (~np.isfinite(as_float64(array)) for array in (result, correct))
         if name == "attention_backward":
-            assert bad_here.any() == bad_there.any()
-            assert not (bad_here & ~bad_there).any()
+            assert nonfinite.any() == expected_nonfinite.any()
+            assert not (nonfinite & ~expected_nonfinite).any()
         else:
-            np.testing.assert_array_equal(bad_here, bad_there)
+            np.testing.assert_array_equal(nonfinite, expected_nonfinite)
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
@@ -319,8 +319,8 @@ def test_bfloat16_results_do_not_depend_on_the_number_of_threads(name, set_threa
         given = in_bfloat16(name, arguments(name, (3, 131, 96))[0])
         outcomes.append(results(getattr(cpu, name)(*given), given, name))
     for outcome in outcomes[1:]:
-        for result, right in zip(outcome, outcomes[0], strict=True):
-            np.testing.assert_array_equal(result, right)
+        for result, correct in zip(outcome, outcomes[0], strict=True):
+            np.testing.assert_array_equal(result, correct)
 
 
 def test_operations_without_a_bfloat16_kernel_are_computed_in_float32():
@@ -330,14 +330,14 @@ def test_operations_without_a_bfloat16_kernel_are_computed_in_float32():
         "softmax_forward": (x,), "softmax_backward": (x, y), "matmul_forward": (x, y), "matmul_backward": (x, x, y),
         "gelu_exact_forward": (x, None), "gelu_exact_backward": (x, y, None, None),
     }.items():  # fmt: skip
-        found, right = (
+        found, correct = (
             results(function(*arrays), [], name)
             for function, arrays in (
                 (getattr(cpu, name), given),
                 (getattr(reference, name), [as_float64(array) for array in given]),
             )
         )
-        for result, expected in zip(found, right, strict=True):
+        for result, expected in zip(found, correct, strict=True):
             assert result.dtype == bfloat16
             assert error(result, expected) < 4e-3
 

@@ -37,7 +37,7 @@ def distance(a, b):
 
 
 def step(device, dtype, **options):
-    """Make one training step. Returns the loss, the norm, the gradients, the model, and the count of implicit syncs."""
+    """Run one training step. Returns the loss, the norm, the gradients, the model, and the count of implicit syncs."""
     model = GPT2(CONFIG, device=device, dtype=dtype, **options)
     optimizer = optim.AdamW(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     loss = model.loss(*batch(), Key(3, 1, first_sample=5)) * 0.5
@@ -100,12 +100,12 @@ def test_options_that_save_memory_give_the_same_result(device, options):
 @pytest.mark.slow
 def test_logits_propagate_gradients(device):
     results = {}
-    for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
-        model = GPT2(CONFIG, device=place, dtype=dtype)
+    for device_name, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        model = GPT2(CONFIG, device=device_name, dtype=dtype)
         tokens, targets = batch()
         loss = ops.cross_entropy(model(tokens), targets)
         loss.backward()
-        results[place] = loss.item(), model.wte.weight.backend.to_host(model.wte.weight.grad).copy()
+        results[device_name] = loss.item(), model.wte.weight.backend.to_host(model.wte.weight.grad).copy()
     (loss, gradient), (true_loss, true_gradient) = results["cuda"], results["cpu"]
     assert loss == pytest.approx(true_loss, rel=BOUND / 4)
     assert distance(gradient, true_gradient) < BOUND
@@ -128,8 +128,8 @@ def test_generation_uses_the_bfloat16_copies(device):
 @pytest.mark.slow
 def test_training_agrees_with_the_cpu(device):
     losses = {}
-    for place, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
-        model = GPT2(CONFIG, device=place, dtype=dtype)
+    for device_name, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
+        model = GPT2(CONFIG, device=device_name, dtype=dtype)
         optimizer = optim.AdamW(model, lr=1e-3)
         fetched = []
         for i in range(10):
@@ -138,7 +138,7 @@ def test_training_agrees_with_the_cpu(device):
             optimizer.step(max_norm=1.0)
             optimizer.zero_grad()
             fetched.append(model.backend.fetch(loss.data))
-        losses[place] = [fetch.get()[0] for fetch in fetched]
+        losses[device_name] = [fetch.get()[0] for fetch in fetched]
     assert losses["cpu"][-1] < 0.8 * losses["cpu"][0]
     np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=BOUND)
 

@@ -93,7 +93,7 @@ def test_dropout_with_rate_zero_and_for_part_of_a_batch(compiled):
     np.testing.assert_array_equal(part, full[1:])
 
 
-def test_nan_affects_only_queries_that_see_it(compiled):
+def test_nan_affects_only_queries_that_attend_to_it(compiled):
     qkv = activations(1, 70, 3 * 64)
     qkv[0, 66, 64] = np.nan  # a key, which affects its own query and all later ones
     out, lse = compiled.attention_forward(qkv, 1, 0.0, None)

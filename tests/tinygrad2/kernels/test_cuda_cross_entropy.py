@@ -49,15 +49,15 @@ def test_lm_head_agrees_with_numpy(kernels, dtype, resident, threads, shape, C, 
     largest = logits.max(axis=1, keepdims=True)
     lse = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
     row, target = np.arange(len(logits)), targets.reshape(-1)
-    right = np.exp(logits - lse)
-    right[row, target] -= 1
-    right /= len(logits)
+    correct = np.exp(logits - lse)
+    correct[row, target] -= 1
+    correct /= len(logits)
 
     arguments = on_device(x, weight, targets)
     loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
     assert (loss.shape, loss.dtype, dlogits.shape, dlogits.dtype) == ((), "float32", (len(logits), V), dtype)
     assert error(loss, np.mean(lse[:, 0] - logits[row, target])) < 1e-6
-    assert error(dlogits, right) < TOLERANCE[dlogits.dtype.name]
+    assert error(dlogits, correct) < TOLERANCE[dlogits.dtype.name]
     padding = dlogits._a.base[:, V:]
     assert padding.shape[1] == -V % 64
     assert not padding.any()
@@ -103,9 +103,9 @@ def test_logits_with_a_large_range(kernels):
     weight[3], weight[5], weight[7] = 3e4, -np.inf, 3e4
     loss, dlogits = kernels.lm_head_forward(*on_device(x, weight, np.array([3])))
     assert abs(float(loss._a) - np.log(2)) < 1e-2  # the rounding error of 3e4 in float32
-    right = np.zeros((1, 70))
-    right[0, 3], right[0, 7] = -0.5, 0.5
-    np.testing.assert_array_equal(wide(dlogits), right)
+    correct = np.zeros((1, 70))
+    correct[0, 3], correct[0, 7] = -0.5, 0.5
+    np.testing.assert_array_equal(wide(dlogits), correct)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_cross_entropy_of_bfloat16_is_computed_in_float32():
     R = np.random.default_rng(5)
     logits, targets = R.normal(size=(4, 9)).astype(bfloat16), R.integers(0, 9, 4)
     loss, lse = table.cross_entropy_forward(logits, targets)
-    right, right_lse = reference.cross_entropy_forward(logits.astype("d"), targets)
+    correct, correct_lse = reference.cross_entropy_forward(logits.astype("d"), targets)
     assert lse.dtype == "float32"
-    np.testing.assert_allclose(loss, right, rtol=1e-6)
+    np.testing.assert_allclose(loss, correct, rtol=1e-6)
     dlogits = table.cross_entropy_backward(np.float32(2), logits, targets, lse)
     assert dlogits.dtype == bfloat16
-    right = reference.cross_entropy_backward(2, logits.astype("d"), targets, right_lse)
-    np.testing.assert_allclose(dlogits.astype("d"), right, atol=2e-3)
+    correct = reference.cross_entropy_backward(2, logits.astype("d"), targets, correct_lse)
+    np.testing.assert_allclose(dlogits.astype("d"), correct, atol=2e-3)
 
 
 FAULTS = [
@@ -176,26 +176,26 @@ FAULTS = [
 CASES = [(bfloat16, (2,), 8, 17001), ("float32", (40,), 2, 9)]  # one for the gradient, one for the mean of the losses
 
 
-def is_right(kernels, dtype, shape, C, V):
+def is_correct(kernels, dtype, shape, C, V):
     x, weight, targets = head(dtype, shape, C, V)
     weight[-1] = x[0]  # gives the last token, which is next to the padding, a high probability
     arguments = on_device(x, weight, targets)
     loss, dlogits = schedules(lambda: kernels.lm_head_forward(*arguments))
-    right_loss, right = reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)
-    return error(loss, right_loss) < 2e-3 and error(dlogits, right) < 1e-2 and not dlogits._a.base[:, V:].any()
+    correct_loss, correct = reference.lm_head_forward(x.astype("d"), weight.astype("d"), targets)
+    return error(loss, correct_loss) < 2e-3 and error(dlogits, correct) < 1e-2 and not dlogits._a.base[:, V:].any()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_are_caught(kernels, monkeypatch, fault):
     inject_in(monkeypatch, "cross_entropy", fault)
     try:
-        right = all(is_right(kernels, *case) for case in CASES)
+        correct = all(is_correct(kernels, *case) for case in CASES)
     except (RuntimeError, AssertionError):
-        right = False
+        correct = False
     device.reset()  # pytest's report of a failed assertion prints arrays, which counts as a sync
-    assert not right
+    assert not correct
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_check_passes_without_a_fault(kernels, case):
-    assert is_right(kernels, *case)
+    assert is_correct(kernels, *case)

@@ -37,10 +37,10 @@ def test_embedding_forward_agrees_with_the_reference(kernels, dtype, B, T, C, po
     arguments = on_device(tokens, wte, wpe)
     if not positions:
         wpe = arguments[2] = None
-    right = reference.embedding_forward(tokens, wte.astype("d"), wpe if wpe is None else wpe.astype("d"), 3)
+    correct = reference.embedding_forward(tokens, wte.astype("d"), wpe if wpe is None else wpe.astype("d"), 3)
     (y,) = schedules(lambda: [kernels.embedding_forward(*arguments, 3)])
     assert y.dtype == dtype
-    assert error(y, right) < TOLERANCE[y.dtype.name]
+    assert error(y, correct) < TOLERANCE[y.dtype.name]
     for before, after in zip((tokens, wte, wpe), arguments, strict=True):
         assert before is None or before.tobytes() == after._a.tobytes()
 
@@ -52,13 +52,13 @@ def test_embedding_forward_accepts_a_single_token(kernels):
 
 
 def embedding_gradients(kernels, tokens, dtype, C, offset=0):
-    """(a function that computes the gradients, the expected gradients). The gradients start at element `offset`."""
+    """Return a function that computes the gradients, which start at element `offset`, and the expected gradients."""
     R = np.random.default_rng(2)
     (B, T), V, first = tokens.shape, 50, 2
     dy = R.normal(size=(B, T, C)).astype(dtype)
     grads = [R.normal(size=(rows, C)).astype("f4") for rows in (V, T + 3)]
-    right = [grad.astype("d") for grad in grads]
-    reference.embedding_backward(dy.astype("d"), tokens, first, *right)
+    correct = [grad.astype("d") for grad in grads]
+    reference.embedding_backward(dy.astype("d"), tokens, first, *correct)
 
     def compute():
         given = ndarray(dy.copy())
@@ -70,14 +70,14 @@ def embedding_gradients(kernels, tokens, dtype, C, offset=0):
         assert given._a.tobytes() == dy.tobytes()
         return results
 
-    return compute, right
+    return compute, correct
 
 
 @pytest.mark.parametrize("dtype", ["float32", bfloat16])
 @pytest.mark.parametrize(("B", "T", "C", "offset"), [(1, 1, 8, 0), (4, 32, 24, 0), (5, 111, 16, 1), (3, 67, 13, 0)])
 def test_embedding_backward_agrees_with_the_reference(kernels, dtype, B, T, C, offset):
-    compute, right = embedding_gradients(kernels, batch(B, T, 50), dtype, C, offset)
-    for result, expected in zip(schedules(compute), right, strict=True):
+    compute, correct = embedding_gradients(kernels, batch(B, T, 50), dtype, C, offset)
+    for result, expected in zip(schedules(compute), correct, strict=True):
         assert error(result, expected) < 1e-6  # gradients are float32 for every dtype of dy
 
 
@@ -93,8 +93,8 @@ def test_embedding_backward_agrees_with_the_reference(kernels, dtype, B, T, C, o
     ],
 )
 def test_embedding_backward_at_chunk_boundaries(kernels, tokens):
-    compute, right = embedding_gradients(kernels, tokens, bfloat16, 8)
-    for result, expected in zip(compute(), right, strict=True):
+    compute, correct = embedding_gradients(kernels, tokens, bfloat16, 8)
+    for result, expected in zip(compute(), correct, strict=True):
         assert error(result, expected) < 1e-6
 
 
@@ -128,31 +128,31 @@ FAULTS = [
 ]
 
 
-def forward_is_right(kernels):
+def forward_is_correct(kernels):
     R = np.random.default_rng(6)
     tokens, wte, wpe = batch(2, 5, 11), R.normal(size=(11, 8)).astype("f4"), R.normal(size=(9, 8)).astype("f4")
     y = kernels.embedding_forward(*on_device(tokens, wte, wpe), 3)
     return error(y, reference.embedding_forward(tokens, wte.astype("d"), wpe.astype("d"), 3)) < 1e-6
 
 
-def backward_is_right(kernels):
+def backward_is_correct(kernels):
     # Some chunk boundaries are at the ends of runs, others are inside runs.
     tokens = np.repeat([4, 7, 9, 11], [64, 60, 68, 768]).reshape(3, 320)
-    compute, right = embedding_gradients(kernels, tokens, bfloat16, 16)
-    return all(error(*pair) < 1e-6 for pair in zip(schedules(compute), right, strict=True))
+    compute, correct = embedding_gradients(kernels, tokens, bfloat16, 16)
+    return all(error(*pair) < 1e-6 for pair in zip(schedules(compute), correct, strict=True))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_are_caught(kernels, monkeypatch, fault):
     inject_in(monkeypatch, "embedding", fault)
     try:
-        right = forward_is_right(kernels) and backward_is_right(kernels)
+        correct = forward_is_correct(kernels) and backward_is_correct(kernels)
     except (RuntimeError, AssertionError):
-        right = False
+        correct = False
     device.reset()  # pytest's report of a failed assertion prints arrays, which counts as a sync
-    assert not right
+    assert not correct
 
 
 def test_the_check_passes_without_a_fault(kernels):
-    assert forward_is_right(kernels)
-    assert backward_is_right(kernels)
+    assert forward_is_correct(kernels)
+    assert backward_is_correct(kernels)

@@ -47,7 +47,7 @@ def wide(x, stride):
     return rows[:, : x.shape[1]]
 
 
-def close(got, want, error):
+def assert_close(got, want, error):
     got = got._a.astype(np.float64)
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= error * max(1, np.abs(want).max())
@@ -59,41 +59,41 @@ def f64(x):
 
 @pytest.mark.parametrize("dtype", [bfloat16, np.float32])
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("apart", [False, True])
-def test_products_are_correct_for_every_transpose_dtype_and_scale(gemm, dtype, accumulate, apart):
+@pytest.mark.parametrize("strided", [False, True])
+def test_products_are_correct_for_every_transpose_dtype_and_scale(gemm, dtype, accumulate, strided):
     options = itertools.product((0, 1), (0, 1), {dtype, np.float32}, (None, 0.375), ((5, 7, 11), (1, 24, 8), (9, 1, 3)))
     for ta, tb, out_dtype, scale, (m, n, k) in options:
         a, b, out = normal(*((k, m) if ta else (m, k)), dtype=dtype), None, normal(m, n, dtype=out_dtype)
         b = normal(*((n, k) if tb else (k, n)), dtype=dtype)
         want = (scale or 1) * (f64(a).T if ta else f64(a)) @ (f64(b).T if tb else f64(b)) + accumulate * f64(out)
-        if apart:
+        if strided:
             a, b, out = wide(a, a.shape[1] + 3), wide(b, 40), wide(out, 33)
         if not accumulate:
             out[...] = np.nan
         before, factor = (a.copy(), b.copy()), None if scale is None else device(np.full((), scale, dtype=np.float32))
         y = device(out)
         assert gemm(device(a), device(b), y, transpose_a=ta, transpose_b=tb, accumulate=accumulate, scale=factor) is y
-        close(y, want, ERROR[out_dtype])
+        assert_close(y, want, ERROR[out_dtype])
         assert np.array_equal(a, before[0])
         assert np.array_equal(b, before[1])
-        assert not apart or np.isnan(f64(out.base)[:, n:]).all()
+        assert not strided or np.isnan(f64(out.base)[:, n:]).all()
 
 
 def test_each_transpose_of_the_same_memory_has_its_own_plan(gemm):
     a, b, y = (device(normal(8, 8)) for _ in range(3))
     for ta, tb in itertools.product((False, True), repeat=2):
         want = f64(a._a.T if ta else a._a) @ f64(b._a.T if tb else b._a)
-        close(gemm(a, b, y, transpose_a=ta, transpose_b=tb), want, 2e-6)
+        assert_close(gemm(a, b, y, transpose_a=ta, transpose_b=tb), want, 2e-6)
 
 
 def test_column_major_views_are_read_in_place_and_others_are_copied(gemm):
     a, b = normal(6, 5, dtype=bfloat16), normal(8, 6, dtype=bfloat16)
     want = f64(a).T @ f64(b).T
     strict_cupy.device.reset()
-    close(gemm(device(a).T, device(b).T), want, ERROR[bfloat16])
-    close(gemm(device(a).T, device(b), transpose_b=True), want, ERROR[bfloat16])
+    assert_close(gemm(device(a).T, device(b).T), want, ERROR[bfloat16])
+    assert_close(gemm(device(a).T, device(b), transpose_b=True), want, ERROR[bfloat16])
     assert strict_cupy.device.syncs == 0
-    close(gemm(device(np.repeat(a, 2, axis=1)[:, ::2]).T, device(b[::-1])[::-1].T), want, ERROR[bfloat16])
+    assert_close(gemm(device(np.repeat(a, 2, axis=1)[:, ::2]).T, device(b[::-1])[::-1].T), want, ERROR[bfloat16])
 
 
 def test_tf32_rounds_float32_operands_only(gemm):
@@ -111,7 +111,7 @@ def test_tf32_rounds_float32_operands_only(gemm):
 def test_a_bias_is_added(gemm, dtype):
     a, b, bias = normal(6, 10, dtype=dtype), normal(10, 16, dtype=dtype), normal(16, dtype=dtype)
     y = gemm(device(a), device(b), bias=device(bias))
-    close(y, f64(a) @ f64(b) + f64(bias), 2 * ERROR[dtype])
+    assert_close(y, f64(a) @ f64(b) + f64(bias), 2 * ERROR[dtype])
 
 
 def test_plans_are_cached_by_alignment_and_workspaces_by_stream(gemm):
@@ -121,7 +121,7 @@ def test_plans_are_cached_by_alignment_and_workspaces_by_stream(gemm):
     for offset, plans in ((0, 1), (256, 1), (2, 2), (16, 3), (2, 3)):
         bias = memory[start + 2048 + offset :][:16].view(bfloat16)
         bias[:] = offset
-        close(gemm(device(a), device(b), bias=device(bias)), f64(a) @ f64(b) + offset, 2 * ERROR[bfloat16])
+        assert_close(gemm(device(a), device(b), bias=device(bias)), f64(a) @ f64(b) + offset, 2 * ERROR[bfloat16])
         assert len(gemm._plans) >= plans
     with strict_cupy.Stream(non_blocking=True) as other:
         gemm(device(a), device(b))
@@ -170,7 +170,7 @@ def test_creating_a_handle_is_retried(gemm, monkeypatch):
     f = device(normal(2, 2))
     with pytest.raises(RuntimeError, match="no memory"):
         gemm(f, f)
-    close(gemm(f, f), f64(f._a) @ f64(f._a), 2e-6)
+    assert_close(gemm(f, f), f64(f._a) @ f64(f._a), 2e-6)
 
 
 # Launchers
@@ -192,22 +192,22 @@ def test_linear_agrees_with_the_reference(kernels, dtype, has_bias):
     for w in (device(weight), device(np.ascontiguousarray(weight.T)).T):
         y = kernels.linear_forward(device(x), w, None if bias is None else device(bias))
         assert y.dtype == dtype
-        close(y, reference.linear_forward(f64(x), f64(weight), None if bias is None else f64(bias)), error)
+        assert_close(y, reference.linear_forward(f64(x), f64(weight), None if bias is None else f64(bias)), error)
         dweight, dbias = normal(12, 7), normal(7)
         want = [f64(dweight), f64(dbias)]
         got = [device(dweight), device(dbias) if has_bias else None]
         dx = kernels.linear_backward(device(dy), device(x), w, *got)
-        close(dx, reference.linear_backward(f64(dy), f64(x), f64(weight), *want), error)
-        close(got[0], want[0], 2e-6)
+        assert_close(dx, reference.linear_backward(f64(dy), f64(x), f64(weight), *want), error)
+        assert_close(got[0], want[0], 2e-6)
         if has_bias:
-            close(got[1], want[1], 2e-6)
+            assert_close(got[1], want[1], 2e-6)
     kernels.linear_backward(device(dy), device(x), device(weight), None, None)
 
 
 def test_bfloat16_weights_are_converted_to_float32(kernels):
     x, weight, bias = normal(3, 8), normal(8, 5, dtype=bfloat16), normal(5, dtype=bfloat16)
     want = f64(x) @ f64(weight) + f64(bias)
-    close(kernels.linear_forward(device(x), device(weight), device(bias)), want, 2e-6)
+    assert_close(kernels.linear_forward(device(x), device(weight), device(bias)), want, 2e-6)
 
 
 FAULTS = [

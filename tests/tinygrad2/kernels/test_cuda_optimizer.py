@@ -61,7 +61,7 @@ def test_squared_norm_of_nonfinite_values_is_not_finite(kernels, bad):
 
 
 def stepped(kernels, n, offset=0, scale=0.7, step=3, betas=(0.9, 0.999), dtype=np.float32):
-    """([value, m, v] after a step on slices that start at `offset`, value before it)."""
+    """Return [value, m, v] after a step on slices that start at `offset`, and the value before it."""
     value, grad, m, v = (flat(n, offset, dtype, seed) for seed in range(4))
     for array in (value, grad, m, v):
         array[...] = array.astype(np.float32)
@@ -93,8 +93,8 @@ def test_adamw_without_moments(kernels, betas):
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_unaligned_slices_give_the_same_bits_and_memory_around_them_is_unchanged(kernels, offset):
-    for array, right in zip(stepped(kernels, 1030, offset)[0], stepped(kernels, 1030)[0], strict=True):
-        np.testing.assert_array_equal(array, right)
+    for array, correct in zip(stepped(kernels, 1030, offset)[0], stepped(kernels, 1030)[0], strict=True):
+        np.testing.assert_array_equal(array, correct)
         first = (array.ctypes.data - array.base.ctypes.data) // array.itemsize
         assert (np.delete(array.base, np.arange(first, first + 1030)) == 7).all()
 
@@ -120,8 +120,8 @@ def test_float64_uses_the_reference(kernels):
 def test_results_do_not_depend_on_the_order_of_the_threads(kernels, monkeypatch, order):
     first = [*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))]
     monkeypatch.setattr(cudasim, "schedule", order)
-    for array, right in zip([*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))], first, strict=True):
-        np.testing.assert_array_equal(array, right)
+    for array, correct in zip([*stepped(kernels, 2503)[0], kernels.squared_norm(flat(70_001))], first, strict=True):
+        np.testing.assert_array_equal(array, correct)
 
 
 def test_training_with_bfloat16_copies_on_the_device():
@@ -129,10 +129,10 @@ def test_training_with_bfloat16_copies_on_the_device():
     on_cpu = Model("float32")
     with strict_cupy.registered() as counters:
         backend, library = get_backend("cuda"), strict_cupy.library
-        own = SimpleNamespace(
+        with_simulator = SimpleNamespace(
             RawModule=cudasim.RawModule, empty=library.empty, ascontiguousarray=library.ascontiguousarray
         )
-        table = cuda.CudaKernels(own, backend.kernels)
+        table = cuda.CudaKernels(with_simulator, backend.kernels)
         backend.kernels.adamw_step, backend.kernels.squared_norm = table.adamw_step, table.squared_norm
         on_device = with_copies(Model("float32").to("cuda"))
         optimizers = [optim.AdamW(model, lr=0.01) for model in (on_cpu, on_device)]

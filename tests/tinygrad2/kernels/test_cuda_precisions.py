@@ -23,15 +23,15 @@ def products(fake_cublaslt, cublaslt):
     """A function that returns the number of float32 products since its last call, by precision (CuPy and cuBLASLt)."""
     counters = (ctypes.c_int * 2).in_dll(ctypes.CDLL(fake_cublaslt), "cublaslt_products")
 
-    def since():
+    def count_products():
         counts = dict(zip(("float32", "tf32"), counters, strict=True))
         counters[:] = 0, 0
         found = strict_cupy.device.products + strict_cupy.Counter(counts)
         strict_cupy.device.products.clear()
         return found
 
-    since()
-    return since
+    count_products()
+    return count_products
 
 
 def launch(model, **options):
@@ -47,14 +47,14 @@ def collect(model, losses):
     return [get_backend("cuda").to_host(array).copy() for array in arrays]
 
 
-def alone(precision, plain, **options):
+def run_alone(precision, plain, **options):
     with strict_cupy.registered(plain=plain):
         model = GPT2(CONFIG, device="cuda", dtype=precision, **options)
         return collect(model, launch(model))
 
 
-def differ(a, b):
-    """The distance between the arrays of two results, relative to their norms."""
+def distances(a, b):
+    """The distances between the arrays of two results, relative to their norms."""
     return [np.linalg.norm(x - y) / (np.linalg.norm(y) or 1) for x, y in zip(a, b, strict=True)]
 
 
@@ -65,10 +65,10 @@ def differ(a, b):
     ("plain", "precisions"), [(True, ("float32", "tf32")), (False, ("float32", "tf32", "bfloat16"))]
 )
 def test_models_with_different_precisions_do_not_affect_each_other(products, plain, precisions, options):
-    expected = {precision: alone(precision, plain, **options) for precision in precisions}
+    expected = {precision: run_alone(precision, plain, **options) for precision in precisions}
     for a, b in itertools.combinations(expected.values(), 2):
-        assert min(differ(a, b)[1:]) > 1e-6  # every gradient differs
-        assert max(differ(a[:2], b[:2])) < 1e-2
+        assert min(distances(a, b)[1:]) > 1e-6  # every gradient differs
+        assert max(distances(a[:2], b[:2])) < 1e-2
     for order in (precisions, precisions[::-1]):
         with strict_cupy.registered(plain=plain):
             models = {precision: GPT2(CONFIG, device="cuda", dtype=precision, **options) for precision in order}
@@ -80,8 +80,8 @@ def test_models_with_different_precisions_do_not_affect_each_other(products, pla
             for precision, model in models.items():
                 found = collect(model, losses[precision])
                 assert set(products()) == {precision} - {"bfloat16"}
-                for got, right in zip(found, expected[precision], strict=True):
-                    np.testing.assert_array_equal(got, right)
+                for got, correct in zip(found, expected[precision], strict=True):
+                    np.testing.assert_array_equal(got, correct)
 
 
 @pytest.mark.parametrize("plain", [True, False])

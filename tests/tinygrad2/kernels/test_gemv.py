@@ -25,7 +25,7 @@ SHAPES = [(1, 1), (1, 300), (300, 1), (3, 5), (4, 16), (5, 17), (31, 33), (64, 6
 
 @pytest.fixture(params=["native", "without AVX-512"])
 def lanes(request, monkeypatch):
-    """Test both vector widths. The code for the second one is not cached on disk."""
+    """Test both vector widths. Code for the narrow one is not cached on disk."""
     if "without" in request.param:
         monkeypatch.setattr(gemv, "LANES", 8)
         monkeypatch.setattr(gemv, "ROWS", 2)
@@ -81,7 +81,7 @@ def test_empty_products_change_nothing(shape, dtype, layout):
 @DTYPES
 @LAYOUTS
 def test_a_row_does_not_depend_on_the_number_of_threads_or_on_other_rows(dtype, layout, set_threads, monkeypatch):
-    monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even of a small matrix
+    monkeypatch.setattr(gemv, "GRAIN", 1)  # many parts even for a small matrix
     for K, N in ((131, 1013), (16, 4001)):
         x, w, y = matrices(7, K, N, dtype, layout)
         results = []
@@ -118,7 +118,7 @@ def test_nan_and_infinity_propagate(dtype, layout, bad):
 
 @pytest.mark.parametrize("layout", ["C", "F"])
 def test_every_bfloat16_value_is_read_exactly(layout):
-    """All 65,536 values, including zeros, denormals and infinities, are converted as by ml_dtypes."""
+    """All 65,536 values, including zeros, denormals and infinities, are converted as in ml_dtypes."""
     every = np.arange(1 << 16, dtype=np.uint16).view(bfloat16)
     w = np.asarray(every.reshape(1, -1) if layout == "C" else np.repeat(every.reshape(1, -1), 2, axis=0), order=layout)
     x, y = np.ones((1, 1), np.float32), np.zeros((1, 1 << 16), np.float32)
@@ -151,8 +151,8 @@ def test_supported_weights():
 @pytest.mark.parametrize(
     "cut", [(slice(None), slice(None)), (slice(None), slice(None, None, 2)), (slice(0, 32), slice(0, 40))]
 )
-def test_linear_supports_any_weights_and_rows(dtype, rows, cut):
-    """Results agree for few and many rows, for weights that gemv supports or not, and for strided and contiguous x."""
+def test_linear_supports_any_weights_and_any_number_of_rows(dtype, rows, cut):
+    """Tests few and many rows, weights that gemv does and does not support, and contiguous and strided x."""
     R = np.random.default_rng(0)
     with_onednn = dtype == bfloat16 and cpu.onednn.library() is not None  # rounds x to bfloat16
     for w in (R.normal(size=(50, 90)).astype(dtype)[cut], R.normal(size=(90, 50)).astype(dtype).T[cut]):

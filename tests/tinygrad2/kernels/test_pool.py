@@ -163,11 +163,11 @@ def test_parts_of_any_duration_with_any_pause():
     R = random.Random(0)
     stop = time.perf_counter() + 1.5
     while time.perf_counter() < stop:
-        count, naps = R.randrange(1, 5), [R.choice((0, 0, 1, 1.1)) * pool.SPIN_SECONDS * R.random() for _ in range(5)]
+        count, delays = R.randrange(1, 5), [R.choice((0, 0, 1, 1.1)) * pool.SPIN_SECONDS * R.random() for _ in range(5)]
         done = []
 
-        def task(start, stop, naps=naps, done=done):
-            time.sleep(naps[start])
+        def task(start, stop, delays=delays, done=done):
+            time.sleep(delays[start])
             done.append(start)
 
         if R.random() < 0.5:
@@ -175,7 +175,7 @@ def test_parts_of_any_duration_with_any_pause():
             assert sorted(done) == list(range(count))
         else:
             assert counted(count, R.randrange(3000)).tolist() == [1] * count
-        time.sleep(naps[-1])
+        time.sleep(delays[-1])
 
 
 def test_a_worker_uses_the_callers_context():
@@ -205,7 +205,7 @@ def test_blas_uses_one_thread_inside_a_part_and_is_restored_afterwards():
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
 def test_a_part_that_outlives_its_caller_does_not_affect_the_next_call():
-    release, made = threading.Event(), []
+    release, done = threading.Event(), []
     assert usable()
     worker = pool._get_workers(1)[0]
     worker.task, worker.slot[pool.FUNCTION] = release.wait, pool.PYTHON  # as if interrupted here
@@ -213,8 +213,8 @@ def test_a_part_that_outlives_its_caller_does_not_affect_the_next_call():
     worker.wake_up()
     later = threading.Timer(0.05, release.set)
     later.start()
-    pool.each(lambda start, stop: made.append(start), ranges(2))
-    assert sorted(made) == [start for start, _ in ranges(2)]
+    pool.each(lambda start, stop: done.append(start), ranges(2))
+    assert sorted(done) == [start for start, _ in ranges(2)]
     later.join()
 
 
