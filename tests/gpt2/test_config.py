@@ -65,7 +65,7 @@ def test_missing_keys_have_the_published_defaults():
         ("resid_pdrop", None, "resid_pdrop is None; expected 0 <= rate < 1"),
         ("layer_norm_epsilon", 0, "layer_norm_epsilon is 0; expected a positive number"),
         ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon is '1e-5'; expected a positive number"),
-        ("activation_function", "relu", "activation_function is 'relu'; supported are 'gelu_new' and 'gelu'"),
+        ("activation_function", "relu", "activation_function is 'relu'; expected 'gelu_new' or 'gelu'"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True, which is not supported"),
         ("scale_attn_weights", False, "scale_attn_weights is False, which is not supported; expected True"),
         ("tie_word_embeddings", False, "tie_word_embeddings is False, which is not supported"),
