@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -262,8 +263,9 @@ def kill_ranks(kills: int, ranks: int, steps: int, longest: float, seed: int, fo
         [(row["step"], row["loss"]) for row in read_log(Path(out, "log.jsonl"))] for out in ("whole", "killed")
     )
     os.chdir(ROOT)
-    if killed != whole:
-        raise SystemExit("FAILED: the losses differ from those of the run without a kill")
+    for i, (expected, found) in enumerate(itertools.zip_longest(whole, killed), 1):
+        if found != expected:
+            raise SystemExit(f"FAILED: row {i} of the log: step and loss {found}; without a kill {expected}")
     print(
         f"{kills} jobs killed, each ended within {slowest:.1f} s; the log contains each of the {steps} steps once, "
         f"with the same losses"
