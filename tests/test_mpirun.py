@@ -610,10 +610,10 @@ def test_two_hosts_compute_the_same_results_as_one(user, two_hosts):
 @pytest.mark.parametrize("how", ["cut", "stalled"])
 def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
     """mpirun keeps waiting for a daemon that it can no longer reach, so the test kills it."""
-    launcher, breaks, _ = two_hosts
+    launcher, failures, _ = two_hosts
     job = Job(4, *LONG, launcher=launcher, patch=PIDS)
     wait_for(lambda: steps_made() >= 5)
-    breaks[how]()
+    failures[how]()
     began = time.monotonic()
     wait_for(lambda: not any(Path(f"/proc/{pid_of(rank)}").exists() for rank in range(4)), limit=30)
     print(f"{how}: all ranks ended after {time.monotonic() - began:.1f} s")

@@ -114,7 +114,7 @@ _lock = threading.RLock()
 
 
 def _reset_after_fork() -> None:
-    """In a forked process no other thread is choosing."""
+    """Replace the lock, since another thread may have held it."""
     global _lock
     _lock = threading.RLock()
 
@@ -156,8 +156,8 @@ def _forced() -> Library | None:
 
 def _fastest() -> Library:
     """NumPy's library, or MKL if it is at least GAIN times as fast."""
-    kept = [_cached_rates().get(title, math.inf) for title in _titles()]
-    if len(kept) == 1 or kept[1] < GAIN * kept[0] < math.inf:
+    cached = [_cached_rates().get(title, math.inf) for title in _titles()]
+    if len(cached) == 1 or cached[1] < GAIN * cached[0] < math.inf:
         return NUMPYS  # without loading MKL
     mkl = _mkl()
     if mkl is None or not NUMPYS.functions:
@@ -168,11 +168,11 @@ def _fastest() -> Library:
 
 def rates(libraries: Sequence[Library]) -> dict[str, float]:
     """FLOP/s of each library in float32 on one thread, by title; measured once, then cached on disk."""
-    kept = _cached_rates()
-    if any(library.title not in kept for library in libraries):
-        kept |= measure(libraries)  # all of them, interleaved, since their rates will be compared
-        _cache_rates(kept)
-    return {library.title: kept[library.title] for library in libraries}
+    cached = _cached_rates()
+    if any(library.title not in cached for library in libraries):
+        cached |= measure(libraries)  # all of them, interleaved, since their rates will be compared
+        _cache_rates(cached)
+    return {library.title: cached[library.title] for library in libraries}
 
 
 def measure(libraries: Sequence[Library]) -> dict[str, float]:
@@ -215,20 +215,20 @@ def description() -> str:
 def _cached_rates() -> dict[str, float]:
     """The rates cached on disk for this processor, by title."""
     with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
-        kept = json.loads(_file().read_text(encoding="utf-8"))[machine.processor_model()]
-        return {title: float(rate) for title, rate in kept.items()}
+        cached = json.loads(_file().read_text(encoding="utf-8"))[machine.processor_model()]
+        return {title: float(rate) for title, rate in cached.items()}
     return {}
 
 
 def _cache_rates(found: dict[str, float]) -> None:
     """Cache rates on disk. If the folder is not writable, each process measures them again."""
-    kept = {}
+    cached = {}
     with suppress(OSError, ValueError, TypeError):
-        kept = dict(json.loads(_file().read_text(encoding="utf-8")))
+        cached = dict(json.loads(_file().read_text(encoding="utf-8")))
     with suppress(OSError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(_file(), suffix=str(os.getpid())) as partial:
-            partial.write_text(json.dumps({**kept, machine.processor_model(): found}, indent=1), encoding="utf-8")
+            partial.write_text(json.dumps({**cached, machine.processor_model(): found}, indent=1), encoding="utf-8")
 
 
 def _file() -> Path:

@@ -690,8 +690,8 @@ class Methods(Generic[T]):
         ndim = max(len(given), self.ndim)
         counts = (1,) * (ndim - len(given)) + tuple(given)
         shape = (1,) * (ndim - self.ndim) + self.shape
-        apart = self.reshape(tuple(m for n in shape for m in (1, n)))
-        repeated = apart.broadcast_to(tuple(m for pair in zip(counts, shape, strict=True) for m in pair))
+        interleaved = self.reshape(tuple(m for n in shape for m in (1, n)))
+        repeated = interleaved.broadcast_to(tuple(m for pair in zip(counts, shape, strict=True) for m in pair))
         return repeated.reshape(tuple(r * n for r, n in zip(counts, shape, strict=True)))
 
     def split(self, size: int | Sequence[int], axis: int = 0) -> tuple[T, ...]:

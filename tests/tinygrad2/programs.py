@@ -22,7 +22,7 @@ LARGE = 1e3  # larger values are reduced by tanh, so that programs do not lose p
 
 
 class Operation(NamedTuple):
-    """An operation: ours(x..., *drawn), theirs(torch, x..., *drawn), and numpys(x..., *drawn), or None.
+    """An operation: ours(x..., *drawn), theirs(torch, x..., *drawn), and in_numpy(x..., *drawn), or None.
 
     draws  draws(draw, x...) -> the other arguments, or None if the operation does not support these operands.
     """
@@ -32,7 +32,7 @@ class Operation(NamedTuple):
     draws: Callable[..., tuple[Any, ...] | None]
     ours: Callable[..., Any]
     theirs: Callable[..., Any]
-    numpys: Callable[..., Any] | None = None
+    in_numpy: Callable[..., Any] | None = None
 
 
 def _nothing(draw: Draw, *x: np.ndarray) -> tuple[Any, ...]:
@@ -185,8 +185,8 @@ def _elementwise() -> list[Operation]:
         def theirs(t: Any, x: Any, name: str = name) -> Any:
             return (getattr(t, name, None) or getattr(t.nn.functional, name))(x)
 
-        numpys = getattr(np, name) if name in of_numpy else None
-        rows.append(Operation(name, 1, _nothing, getattr(functional, name), theirs, numpys))
+        in_numpy = getattr(np, name) if name in of_numpy else None
+        rows.append(Operation(name, 1, _nothing, getattr(functional, name), theirs, in_numpy))
     return rows
 
 
@@ -371,9 +371,9 @@ def failure(program: Program, torch: Any | None) -> str | None:
     values = run(program, inputs, lambda operation, *given: operation.ours(*given))
     names = [f"x{i}" for i in range(len(leaves))] + [step.operation.name for step in program.steps]
     for step, y in zip(program.steps, values[len(leaves) :], strict=True):
-        if step.operation.numpys is not None:
+        if step.operation.in_numpy is not None:
             given = [values[i].numpy() for i in step.operands]
-            expected = np.asarray(step.operation.numpys(*given, *step.drawn))
+            expected = np.asarray(step.operation.in_numpy(*given, *step.drawn))
             if reason := difference(y.numpy(), np.tanh(expected) if step.bounded else expected):
                 return f"{step.operation.name}, compared with NumPy: {reason}"
     if torch is None:

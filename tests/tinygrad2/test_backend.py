@@ -295,7 +295,7 @@ def test_a_buffer_that_is_reused_too_early_is_detected(device, monkeypatch):
     monkeypatch.setattr(CudaBackend, "_take_pinned", without_waiting)
     for i in range(3):
         get_backend("cuda").upload(np.full(4, i))
-    with pytest.raises(RaceError, match="changed or freed before its copy"):
+    with pytest.raises(RaceError, match="changed or freed before it was copied"):
         device.finish()
 
 
@@ -303,7 +303,7 @@ def test_a_buffer_that_is_freed_too_early_is_detected(device):
     gpu = get_backend("cuda")
     gpu.upload(np.arange(4))
     gpu._pinned.clear()
-    with pytest.raises(RaceError, match="changed or freed before its copy"):
+    with pytest.raises(RaceError, match="changed or freed before it was copied"):
         device.finish()
 
 
@@ -328,7 +328,7 @@ def test_a_fetch_may_be_discarded(device):
     assert len(gpu._fetched) == 1  # completed fetches are not kept
     gpu.fetch(gpu.asarray(np.float32(3)))
     gpu._fetched.clear()
-    with pytest.raises(RaceError, match="freed before the copy"):
+    with pytest.raises(RaceError, match="freed before a result was copied"):
         device.finish()
 
 
@@ -459,7 +459,7 @@ def test_training_skips_a_step_whose_loss_is_nan(user, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"train.py: error: step 3: the loss is nan and the gradient norm nan; the step was skipped, and the weights.*"
-        r"This is number 1 in a row, and --max-bad-steps is 1\. There is no checkpoint yet\. .*\n",
+        r"This is skipped step 1 in a row, and --max-bad-steps is 1\. There is no checkpoint yet\. .*\n",
         error,
     )
     assert [row["step"] for row in log("out")] == [1, 2, 3]

@@ -274,20 +274,20 @@ class Echo(ThreadComm):
 
 def test_buckets_are_transferred_while_the_backward_pass_runs():
     comm, model = Echo(), GPT2(CONFIG)
-    sums, left = GradientSum(model, comm), {}
+    sums, started = GradientSum(model, comm), {}
     arena = model.arena()
     loss = model.loss(*text(0, 2))
     sums.start()
     last = arena.parameters["wte.weight"].leaf
     before = last.on_final
-    last.on_final = lambda: left.update(then=list(comm.log)) or before()
+    last.on_final = lambda: started.update(sizes=list(comm.log)) or before()
     loss.backward()
     sizes = [bucket.stop - bucket.start for bucket in arena.buckets]
     assert comm.log == sizes
     assert all(size <= 1000 or len(bucket.names) == 1 for size, bucket in zip(sizes, arena.buckets, strict=True))
     assert sum(sizes) == model.n_parameters()
-    assert 0 < len(left["then"]) < len(sizes)  # the sums of all other buckets had started
-    assert len(sizes) - len(left["then"]) <= 2
+    assert 0 < len(started["sizes"]) < len(sizes)  # the sums of all other buckets had started
+    assert len(sizes) - len(started["sizes"]) <= 2
     sums.finish()
     assert all(p.leaf.on_final is None for p in model.parameters())
 
@@ -368,13 +368,13 @@ class DirectEcho(Echo):
 
     def __init__(self, sums=NcclComm):
         super().__init__()
-        self._sums, self._made = sums, []
+        self._sums, self._created = sums, []
 
     def nccl(self, device):
-        if not self._made:
+        if not self._created:
             nccl = device.cuda.nccl()
-            self._made.append(self._sums(device, nccl, 0, 2, nccl.get_unique_id()))
-        return self._made[0]
+            self._created.append(self._sums(device, nccl, 0, 2, nccl.get_unique_id()))
+        return self._created[0]
 
     def start_sum(self, flat, share_only, after):
         raise AssertionError
@@ -426,15 +426,15 @@ def test_nccl_sums_equal_sums_through_host_memory(shared, make):
 def test_with_nccl_buckets_are_transferred_while_the_backward_pass_runs():
     with strict_cupy.registered(), fake_nccl.installed(fake_nccl.Echo()) as nccl:
         model, comm = GPT2(CONFIG, device="cuda"), DirectEcho()
-        sums, left = GradientSum(model, comm), {}
+        sums, started = GradientSum(model, comm), {}
         arena = model.arena()
         loss = model.loss(*text(0, 2))
         sums.start()
         last = arena.parameters["wte.weight"].leaf
         before = last.on_final
-        last.on_final = lambda: left.update(then=len(nccl.calls)) or before()
+        last.on_final = lambda: started.update(count=len(nccl.calls)) or before()
         loss.backward()
-        assert 0 < left["then"] < len(nccl.calls) == len(arena.buckets)
+        assert 0 < started["count"] < len(nccl.calls) == len(arena.buckets)
         assert np.isnan(arena.buckets[0].region.grads.get()).all()  # the sums are not complete yet
         sums.finish()
         assert not any(np.isnan(region.grads.get()).any() for region in arena.regions)
@@ -547,12 +547,12 @@ def test_nccl_comm_with_a_single_rank():
 
 
 def test_nccl_uses_a_fixed_order_unless_the_user_chooses_an_algorithm(monkeypatch):
-    for chosen, then in ((None, "Ring"), ("Tree", "Tree")):
+    for chosen, expected in ((None, "Ring"), ("Tree", "Tree")):
         monkeypatch.setenv("NCCL_ALGO", chosen or "")
         if chosen is None:
             monkeypatch.delenv("NCCL_ALGO")
         check_sums(NcclComm)
-        assert os.environ["NCCL_ALGO"] == then
+        assert os.environ["NCCL_ALGO"] == expected
 
 
 def mpi_rank(others):

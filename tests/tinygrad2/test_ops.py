@@ -101,12 +101,12 @@ def test_nan_propagates(case):
 @pytest.mark.parametrize("dropped", [0, 1])
 def test_add_layernorm_with_an_unused_result_equals_separate_operations(dropped):
     arrays = [R.normal(size=shape) for shape in ((2, 3, 5), (2, 3, 5), (5,), (5,))]
-    fused, apart = ([Tensor(a, requires_grad=True) for a in arrays] for _ in range(2))
+    fused, separate = ([Tensor(a, requires_grad=True) for a in arrays] for _ in range(2))
     dy = R.normal(size=(2, 3, 5))
     ops.add_layernorm(*fused)[1 - dropped].backward(dy)
-    s = apart[0] + apart[1]
-    (ops.layernorm(s, *apart[2:]) if dropped == 0 else s).backward(dy)
-    for a, b in zip(fused, apart, strict=True):
+    s = separate[0] + separate[1]
+    (ops.layernorm(s, *separate[2:]) if dropped == 0 else s).backward(dy)
+    for a, b in zip(fused, separate, strict=True):
         if b.grad is None:
             assert a.grad is None or not a.grad.any()
         else:

@@ -102,11 +102,11 @@ def test_creating_an_arena_moves_values_and_gradients():
 
 
 def test_gradients_are_the_same_with_and_without_an_arena():
-    apart, placed = GPT2(CONFIG, dtype="float64"), GPT2(CONFIG, dtype="float64")
+    separate, placed = GPT2(CONFIG, dtype="float64"), GPT2(CONFIG, dtype="float64")
     placed.arena()
-    for model in (apart, placed):
+    for model in (separate, placed):
         model.loss(TOKENS, TOKENS).backward()
-    for (name, a), b in zip(apart.named_parameters(), placed.parameters(), strict=True):
+    for (name, a), b in zip(separate.named_parameters(), placed.parameters(), strict=True):
         np.testing.assert_array_equal(a.grad, b.grad, err_msg=name)
 
 

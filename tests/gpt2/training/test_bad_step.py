@@ -97,7 +97,7 @@ def test_too_many_consecutive_bad_steps_stop_the_run(workspace, monkeypatch, cap
     run("--max-iters", "20", code=1)
     line = one_line(capsys)
     assert "step 9: the loss is " in line
-    assert "This is number 3 in a row, and --max-bad-steps is 3. The last checkpoint is out/ckpt-000008." in line
+    assert "This is skipped step 3 in a row, and --max-bad-steps is 3. The last checkpoint is out/ckpt-000008." in line
     assert SPOILED in line
     assert [row["step"] for row in read_log(Path("out/log.jsonl"))] == list(range(1, 10))
 
