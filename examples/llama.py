@@ -14,8 +14,7 @@ The Llama-style model differs from GPT-2 in four ways (Touvron et al., arXiv:230
 
 The class Llama implements the interface in gpt2/language_model.py, so GPT-2's code for training, evaluation and
 sampling works unchanged. Both models have 0.83 million parameters (Llama has 0.2% fewer), and are trained on the same
-400 batches of the documentation included with Python, with the same learning rates. After a minute or two, this prints
-something like
+400 batches of the documentation included with Python, with the same learning rates. After a minute or two it prints:
 
     validation loss after 400 steps: Llama 1.87, GPT-2 2.47 nats per byte
 

@@ -51,7 +51,7 @@ def test_read_crosses_shard_boundaries(folder):
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (30, 8), (38, 0), (3, -1)])
 def test_reading_beyond_the_split_is_an_error(folder, start, count):
-    with pytest.raises(ValueError, match="outside the 37 tokens of train"):
+    with pytest.raises(ValueError, match="is out of range; train has 37 tokens"):
         TokenDataset.open(folder, "train").read(start, count)
 
 
@@ -275,10 +275,10 @@ THREE = np.arange(3, dtype="<u2")
     [
         (write_bytes("train.bin", b"123"), "train.bin: 3 bytes; expected raw uint16 ids, two bytes each"),
         (write_bytes("train.bin", b""), "train.bin: 0 bytes; expected raw uint16 ids"),
-        (write_bytes("x_train.bin", llmc_header(4) + THREE.tobytes()), "version 1 and 4 ids, in 1030 bytes; expected"),
+        (write_bytes("x_train.bin", llmc_header(4) + THREE.tobytes()), "version 1 and 4 ids, but the file has 1030 bytes; expected"),
         (write_bytes("x_train.bin", llmc_header(3, version=2) + THREE.tobytes()), "version 2 and 3 ids"),
         (write_bytes("x_train.bin", llmc_header(0)), "version 1 and 0 ids"),
-        (write_bytes("x_train.bin", llmc_header(3)[:9]), "version 0 and 0 ids, in 9 bytes"),
+        (write_bytes("x_train.bin", llmc_header(3)[:9]), "version 0 and 0 ids, but the file has 9 bytes"),
         (
             write_bytes("x_train.bin", llmc_header(3, 20240801, 7)),
             "llm.c's ids for Llama 3; expected ids for GPT-2",
