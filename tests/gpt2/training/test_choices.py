@@ -175,7 +175,9 @@ def test_a_learning_rate_that_rises_again_is_reported(workspace, capsys, again, 
     assert train.main(again) == 0
     said = capsys.readouterr().out
     rates = [row["lr"] for row in rows("out")]
-    line = re.search(r"rate       the learning rate was (\S+) at step 20 and increases again to (\S+), because its .*", said)
+    line = re.search(
+        r"rate       the learning rate was (\S+) at step 20 and increases again to (\S+), because its .*", said
+    )
     assert bool(line) == rises
     if line:
         assert (float(line[1]), float(line[2])) == (

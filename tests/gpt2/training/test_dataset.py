@@ -275,7 +275,10 @@ THREE = np.arange(3, dtype="<u2")
     [
         (write_bytes("train.bin", b"123"), "train.bin: 3 bytes; expected raw uint16 ids, two bytes each"),
         (write_bytes("train.bin", b""), "train.bin: 0 bytes; expected raw uint16 ids"),
-        (write_bytes("x_train.bin", llmc_header(4) + THREE.tobytes()), "version 1 and 4 ids, but the file has 1030 bytes; expected"),
+        (
+            write_bytes("x_train.bin", llmc_header(4) + THREE.tobytes()),
+            "version 1 and 4 ids, but the file has 1030 bytes; expected",
+        ),
         (write_bytes("x_train.bin", llmc_header(3, version=2) + THREE.tobytes()), "version 2 and 3 ids"),
         (write_bytes("x_train.bin", llmc_header(0)), "version 1 and 0 ids"),
         (write_bytes("x_train.bin", llmc_header(3)[:9]), "version 0 and 0 ids, but the file has 9 bytes"),
