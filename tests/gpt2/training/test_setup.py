@@ -148,7 +148,7 @@ BAD = {
     "another vocabulary": (
         None,
         ["--preset", "gpt2"],
-        r"tokenizer bytes \(257 tokens\); expected that of the preset gpt2 \(50,257 tokens\)",
+        r"tokenizer bytes \(257 tokens\); expected the one of the preset gpt2 \(50,257 tokens\)",
     ),
     "no such model": (
         None,
@@ -437,9 +437,9 @@ def test_the_blas_library_is_printed_and_stored_in_the_checkpoint(workspace, cap
     ("changes", "name", "note"),
     [
         ({}, "mkl", ""),  # although NumPy's would be chosen here
-        ({"processor": "P"}, "numpy", "until here by MKL 9.9 on another processor, now by OpenBLAS"),
+        ({"processor": "P"}, "numpy", "until now by MKL 9.9 on another processor, from now on by OpenBLAS"),
         ({"title": "MKL 8"}, "mkl", "until now by MKL 8, from now on by MKL 9.9: rounding differs"),
-        ({"name": "atlas", "title": "ATLAS"}, "numpy", "until here by ATLAS, now by OpenBLAS"),
+        ({"name": "atlas", "title": "ATLAS"}, "numpy", "until now by ATLAS, from now on by OpenBLAS"),
     ],
 )
 def test_a_resumed_run_uses_the_blas_library_of_its_start(workspace, capsys, with_mkl, changes, name, note):
