@@ -35,7 +35,7 @@ def command_line() -> Parser:
     group.add_argument(
         "--dtype",
         choices=TRAINING,
-        help="precision [default: the precision of the run, or float32 if the device does not support it]",
+        help="precision of the computation [default: that of the run, or float32 if the device does not support it]",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to FILE [default: none]")

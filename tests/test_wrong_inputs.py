@@ -93,7 +93,7 @@ WRONG = [  # command, arguments, part of the expected line
     ("train", "--data -x", "--data: expected one argument; a value that begins with - follows a =, as in --data=-x"),
     ("train", "--data text --min-lr 1 --learning-rate 0.1", "--min-lr 1 is more than --learning-rate 0.1"),
     ("train", "--data text --learning-rate nan", "--learning-rate is nan; expected more than 0"),
-    ("train", "--data text --optimizer sgd --beta1 0.5", "--beta1 is for --optimizer adamw and muon only"),
+    ("train", "--data text --optimizer sgd --beta1 0.5", "--beta1 is only for --optimizer adamw and muon"),
     ("train", "--data text --preset gpt3", "--preset is gpt3; expected nano, micro, gpt2"),
     ("train", "--data text --out-dir a.txt", "--out-dir a.txt is a file; expected a folder"),
     ("train", "--config utf16.toml", "save it as UTF-8"),
