@@ -8,7 +8,7 @@ import pytest
 from gpt2 import GPT2, GPT2Config
 from tests.spoiled import spoil, spoil_steps
 from tinygrad2 import Key, Tensor, nn, no_grad, ops
-from tinygrad2.not_finite import CHUNK, LARGE, Checker, bad_parameters, largest
+from tinygrad2.not_finite import CHUNK, LARGE, Checker, bad_parameters, damage, largest
 
 CONFIG = GPT2Config(vocab_size=31, n_positions=12, n_embd=12, n_layer=3, n_head=3)
 TOKENS = np.arange(24).reshape(2, 12) % 20
@@ -98,6 +98,17 @@ def test_the_result_of_an_operation_is_reported():
     assert str(checker.first) == "log at the start, forward pass: its result [1] is nan (1 of 2 values)"
     checker.run(lambda: Tensor(2.0, requires_grad=True) * Tensor(1e30) * Tensor(1e30))
     assert checker.large.value == pytest.approx(2e30)
+
+
+def test_damage_is_a_parameter_or_the_first_bad_value():
+    wte = injected("wte.weight", (4, 2), np.nan)
+    assert damage(wte).startswith("its weights are damaged: parameter wte.weight [4, 2]")
+    model = GPT2(CONFIG)
+    finite = "its weights are finite; the first bad value: "
+    assert damage(model) == finite + "could not be reproduced"
+    assert damage(model, lambda: model.loss(TOKENS, TOKENS)) == finite + "could not be reproduced"
+    found = damage(model, lambda: Tensor([np.inf, 1.0]) * 2)
+    assert found == finite + "scale at the start, forward pass: its input 0 [0] is inf (1 of 2 values)"
 
 
 def test_every_bad_parameter_is_listed():
