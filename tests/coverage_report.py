@@ -67,17 +67,6 @@ REASONS: tuple[tuple[str, str], ...] = (
     ),
     (r"tinygrad2/blas\.py: _mkl$", "needs MKL, which no part installs"),
     (r"gpt2/formats/hub\.py: download$", "needs a network"),
-    (
-        r"gpt2/(huggingface_tokenizer|parity|serve|web)\.py|gpt2/tokenizer\.py: _load_hugging_face$",
-        "needs packages of the extras: the part slow executes it",
-    ),
-    (
-        r"tinygrad2/kernels/onednn\.py|"
-        r"tinygrad2/kernels/cpu\.py: (_bfloat16_product|_attention_plans|.*heads_by_onednn)",
-        "needs oneDNN: the part slow executes it",
-    ),
-    (r"tinygrad2/arguments\.py: of_numpy$", "needs PyTorch: the part slow executes it"),
-    (r"tinygrad2/distributed\.py: MPIComm\.", "needs several ranks: the part mpi executes it"),
     (r"tinygrad2/kernels/gemm\.py: _in_wheels$", "needs the CUDA wheels"),
     (r"tinygrad2/diagnose\.py: gpu$", GPU),
     (r"tinygrad2/gradcheck\.py: run$", "the entry point, which tests replace or interrupt"),
