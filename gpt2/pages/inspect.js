@@ -288,7 +288,7 @@ function small({ size, weight }) {
 }
 
 const kindClass = (kind) => (kind === "mean" ? "mean" : KIND_CLASS[kind]);
-const kindName = (text, kind) => (kind === "spreads" ? "spreads" : text.data.patterns[kind][0]);
+const kindName = (text, kind) => (kind === "spreads" ? "no single pattern" : text.data.patterns[kind][0]);
 
 function mapsView(text, part, choose) {
   const { L, H, data } = text, box = part("maps"), select = part("order"), kinds = Object.keys(data.patterns);
@@ -356,7 +356,7 @@ function description(text, layer, head) {
   const most = text.T < 2 ? "" : ` In the entire text, it prefers \u201c${text.id(id)}\u201d, which gets ${percent(share)} of its attention ` +
     `(${percent(even)} if attention were uniform).`;
   if (kind === "spreads")
-    return [make("p", {}, dot, make("strong", {}, "Spreads: "), `no single pattern stands out on this text. The attention is ` +
+    return [make("p", {}, dot, make("strong", {}, "No single pattern: "), `no pattern stands out on this text. The attention is ` +
       `spread over about ${measured.spread.toFixed(1)} tokens.${most}`)];
   const [part, chance, queries] = measured[kind], [name, what] = text.data.patterns[kind];
   return [make("p", {}, dot, make("strong", {}, `${name[0].toUpperCase()}${name.slice(1)}: `),

@@ -114,13 +114,14 @@ def test_hidden_files_are_ignored_and_non_text_files_are_listed(tmp_path):
         "a.txt": b"text",
         "b.png": b"\x89PNG\0",
         "c.json": b"{}",
+        "d.svg": b"<svg/>",
     }.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)
     messages = []
     prepare([str(tmp_path / "in")], "bytes", tmp_path / "out", val_fraction=ALL_TRAIN, say=messages.append)
     assert texts_of(stream_of(tmp_path / "out")) == ["text"]
-    assert messages[0] == f"{tmp_path / 'in'}: skipped 2 files that are not text: b.png, c.json"
+    assert messages[0] == f"{tmp_path / 'in'}: skipped 3 files that are not text: b.png, c.json, d.svg"
 
 
 def test_byte_order_mark_is_removed_and_line_ends_are_kept(tmp_path):
