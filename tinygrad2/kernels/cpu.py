@@ -40,11 +40,16 @@ from tinygrad2.precision import sum_dtype
 from tinygrad2.reference import MAX_RUN, row_sum, split_heads
 
 
-def _compiled(function: F, nogil: bool = True) -> F:
-    """Compile on the first call with each combination of argument types. The result is cached on disk if possible."""
+def _compiled(function: F, nogil: bool = True, inline: bool = False) -> F:
+    """Compile on the first call with each combination of argument types. The result is cached on disk if possible.
+
+    inline  required for a function with loops that compiled functions call. Otherwise the process that compiles it may
+            use another copy of its code than the processes that read the cache, with sums in another order.
+    """
     # The compiler may reorder sums to vectorize them, but may not assume that there are no NaNs or infinities.
     options: dict[str, Any] = {
         "nogil": nogil,
+        "forceinline": inline,
         "fastmath": {"reassoc", "contract", "arcp", "nsz"},
         "error_model": "numpy",
     }
@@ -722,7 +727,7 @@ def _any_layernorm_backward(
 ATTENTION_FLOPS = 1 << 24  # minimum FLOPs of q k^T per thread; chosen by timing attention including the softmax
 
 
-@_compiled
+@functools.partial(_compiled, inline=True)
 def _attention_row(
     row: np.ndarray, seen: int, has_dropout: bool, element: np.uint64, philox_key: PhiloxKey, keep: np.floating
 ) -> float:
@@ -784,7 +789,7 @@ def _exp_in_place(row: np.ndarray, n: int) -> float:
     return total
 
 
-@_compiled
+@functools.partial(_compiled, inline=True)
 def _attention_row_backward(
     row: np.ndarray, drow: np.ndarray, weights: np.ndarray, seen: int, lse: np.floating, delta: np.floating,
     has_dropout: bool, element: np.uint64, philox_key: PhiloxKey, keep: np.floating,

@@ -369,3 +369,31 @@ def test_the_kernel_table_depends_on_the_environment(before, module):
     env = {key: value for key, value in os.environ.items() if key != "TINYGRAD2_KERNELS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == module
+
+
+TRAIN = """
+import hashlib, sys
+import numpy as np
+from gpt2 import GPT2, GPT2Config
+from tinygrad2 import Key, optim
+model = GPT2(GPT2Config.preset("nano"), seed=0, dtype=sys.argv[1])
+optimizer, draw = optim.AdamW(model, lr=1e-2), np.random.default_rng(0)
+for step in range(12):
+    tokens = draw.integers(0, 257, (1, 65))
+    model.backward(tokens[:, :-1], tokens[:, 1:], Key(1, step))
+    optimizer.step(max_norm=1.0)
+    optimizer.zero_grad()
+print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.parameters())).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_process_that_compiles_computes_the_same_bits_as_one_that_reads_the_cache(dtype, tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    results = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", TRAIN, dtype], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append((done.stdout, "compiling kernels" in done.stderr))
+    assert results == [(results[0][0], True), (results[0][0], False)]
