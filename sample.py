@@ -22,7 +22,7 @@ from gpt2 import GPT2, GPT2Config, Tokenizer, decode, device_options, familiar_o
 from gpt2.console import Parser, TextPrinter, print_error
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, stream_text
-from gpt2.model import to_generate
+from gpt2.model import generation_precision
 from tinygrad2 import checkpoint, machine
 from tinygrad2.backend import get_backend, silence_compile_notice
 
@@ -209,7 +209,7 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer]:
             f"no trained model in checkpoint/ or out/ ({console.script('train')} trains one): sampling from an "
             f"untrained model{weights}"
         )
-        precision = to_generate(options.dtype, get_backend(options.device))
+        precision = generation_precision(options.dtype, get_backend(options.device))
         return GPT2(GPT2Config.preset("nano"), device=options.device, dtype=precision), Tokenizer.load("bytes")
     own = not options.checkpoint and folder == Path("checkpoint") and checkpoint.find(Path("out"))
     print_error(f"model: {folder}{weights}{' (your own: --checkpoint out)' if own else ''}")

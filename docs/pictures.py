@@ -48,8 +48,8 @@ def curves(preset: str) -> None:
     ):
         if name not in losses:
             continue
-        apart = averaged(np.abs(losses[name] - losses["PyTorch"]))
-        below.semilogy(steps, np.maximum(apart, 1e-8), color=color, linewidth=1.1, label=label)
+        difference = averaged(np.abs(losses[name] - losses["PyTorch"]))
+        below.semilogy(steps, np.maximum(difference, 1e-8), color=color, linewidth=1.1, label=label)
     below.set(xlabel="step", ylabel="|difference|")
     below.legend(frameon=False, loc="lower right")
     drawing.write(figure, OUT / f"curves-{preset}.svg")

@@ -1,4 +1,4 @@
-"""Take the screenshots for the documentation: `python docs/screenshot.py PAGE` (of report, inspect or serve).
+"""Take the screenshots for the documentation: `python docs/screenshot.py PAGE`, with one of these pages:
 
 Report (out/report.html, after `python train.py`): docs/report.png and, in dark colours, docs/report-dark.png. They show
 the loss, and below it the first, middle and last sample, from left to right.

@@ -129,7 +129,9 @@ class GPT2Config:
 
     def summary(self) -> str:
         """The sizes as text, such as "4 layers, 4 heads, embedding size 128, context 64"."""
-        return f"{self.n_layer} layers, {self.n_head} heads, embedding size {self.n_embd}, context {self.n_positions}"
+        layers = f"{self.n_layer} layer{'s' * (self.n_layer != 1)}"
+        heads = f"{self.n_head} head{'s' * (self.n_head != 1)}"
+        return f"{layers}, {heads}, embedding size {self.n_embd}, context {self.n_positions}"
 
     @property
     def n_parameters(self) -> int:
@@ -196,7 +198,7 @@ def is_matrix(name: str) -> bool:
 GPT2_VOCAB_SIZE = 50257  # tiktoken's gpt2
 PADDED_VOCAB_SIZE = 50304  # as padded by nanoGPT and build-nanogpt; the additional ids never occur in text
 
-WEIGHT_DTYPES = ("float32", "bfloat16")  # for generation; see model.to_generate
+WEIGHT_DTYPES = ("float32", "bfloat16")  # for generation; see model.generation_precision
 RECOMPUTE = ("none", "block")  # what a training step recomputes in its backward pass, to save memory
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh")  # the last is another name for the first

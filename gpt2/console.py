@@ -366,7 +366,9 @@ class Parser(argparse.ArgumentParser):
         flags = message.removeprefix("argument ").partition(":")[0].split("/")
         values = [after for flag, after in pairwise(self._given) if flag in flags and after.startswith("-")]
         value = next((value for value in values if value not in self._option_string_actions), "")
-        return f"; a value that begins with - follows a =, as in {shlex.quote(f'{flags[-1]}={value}')}" if value else ""
+        return (
+            f"; write a value that begins with - after =, as in {shlex.quote(f'{flags[-1]}={value}')}" if value else ""
+        )
 
     def check_output(self, name: str, path: Path | None) -> None:
         """Report an output file that the command cannot write, because its folder does not exist or it is a folder.

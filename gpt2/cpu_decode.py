@@ -21,9 +21,9 @@ class CpuDecoder:
 
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> CpuDecoder | None:
-        """Return a decoder for this model and cache, or None if they are not supported. Not supported are: an
-        architecture other than GPT-2, GELU with the error function, activations other than float32, a GPU, an unusual
-        head size, a large batch, and TINYGRAD2_KERNELS=reference."""
+        """Return a decoder for this model and cache, or None if they are not supported. The following are
+        not supported: an architecture other than GPT-2, GELU with the error function, activations other than float32,
+        a GPU, an unusual head size, a large batch, and TINYGRAD2_KERNELS=reference."""
         config = model.config
         if not isinstance(config, GPT2Config) or config.activation_function == "gelu":
             return None

@@ -143,8 +143,9 @@ class Decoder:
     @staticmethod
     def fitting(model: LanguageModel, cache: Cache) -> Decoder | None:
         """Return a decoder for this model and cache, or None if the model's `fused_decode` is not set or the kernel
-        does not support them. Not supported are: an architecture other than GPT-2, a CPU, float64, more than MAX_TEXTS
-        texts, heads or parameters that are not aligned to ACCESS bytes, and a GPU with too little shared memory."""
+        does not support them. The following are not supported: an architecture other than GPT-2, a CPU, float64, more
+        than MAX_TEXTS texts, heads or parameters that are not aligned to ACCESS bytes, and a GPU with too little shared
+        memory."""
         cuda, config = model.backend.cuda, model.config
         if not getattr(model, "fused_decode", False) or cuda is None or not isinstance(config, GPT2Config):
             return None

@@ -11,7 +11,7 @@ from gpt2 import console, device_options
 from gpt2.config import WEIGHT_DTYPES
 from gpt2.console import Parser
 from gpt2.formats.model_file import find_model
-from gpt2.model import GPT2, to_generate
+from gpt2.model import GPT2, generation_precision
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.dataset import SPLITS, TokenDataset, find_dataset
 from gpt2.training.evaluation import describe_task, evaluate_data, evaluate_task
@@ -91,7 +91,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     block_size = options.block_size or context
     if block_size > context:
         raise ValueError(f"--block-size {block_size} is longer than the model's context of {context} tokens")
-    precision = to_generate(options.dtype, model.backend)
+    precision = generation_precision(options.dtype, model.backend)
     if reason := model.backend.unsupported_reason(precision):
         raise ValueError(f"--dtype {reason}")
 

@@ -1,7 +1,7 @@
 """Identify files and folders that are not models: Git LFS pointers, web pages, models of other programs, ...
 
-A file with a model's name may not contain a model: a clone without git-lfs contains pointers, and a download may be a
-web page.
+A file that is named like a model does not always contain one: a clone without git-lfs contains pointers, and a download
+may be a web page.
 """
 
 from __future__ import annotations

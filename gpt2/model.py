@@ -234,13 +234,13 @@ class GPT2(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, device: str = "cpu", dtype: PrecisionLike = "float32") -> GPT2:
-        """Load a model from a folder in the Hugging Face layout (config.json and model.safetensors), or from any other
-        file or folder that gpt2.formats reads. With bfloat16 on a CPU it cannot be trained; see `to_generate`.
+        """Load a model from a Hugging Face folder (config.json and model.safetensors), or from any other file or folder
+        that gpt2.formats reads. With bfloat16 on a CPU, the model cannot be trained; see `generation_precision`.
 
         Raises ValueError if a tensor is missing, unexpected, or has the wrong shape, and FileNotFoundError if a file is
         missing. The message names the tensor or the file.
         """
-        precision = to_generate(dtype, get_backend(device))
+        precision = generation_precision(dtype, get_backend(device))
         model = GPT2(model_file.load_config(path), seed=None, device=device, dtype=precision)
         model_file.load_into(model, path)
         return model
@@ -250,7 +250,7 @@ class GPT2(nn.Module):
         huggingface.write(path, self.config, {name: p.numpy() for name, p in self.named_parameters()})
 
 
-def to_generate(dtype: PrecisionLike, backend: Backend) -> Precision:
+def generation_precision(dtype: PrecisionLike, backend: Backend) -> Precision:
     """The precision for generation and evaluation. On a CPU, "bfloat16" means weights in bfloat16 and activations in
     float32, because reading the weights takes most of the time."""
     precision = Precision.of(dtype)

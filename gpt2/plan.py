@@ -364,12 +364,14 @@ def plan_of(given: OptionValues, device: str, ranks: int, tokens: int | None, li
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line()
     given = vars(parser.parse_args(arguments))
-    device, ranks, tokens, link, as_text = (given.pop(name) for name in ("device", "ranks", "tokens", "link", "json"))
+    device, ranks, tokens, link, print_json = (
+        given.pop(name) for name in ("device", "ranks", "tokens", "link", "json")
+    )
     try:
         plan = plan_of(given, device.lower(), ranks, tokens, link)
     except UsageError as error:
         parser.error(str(error))
-    console.say(as_json(plan) if as_text else "\n".join(report(plan)))
+    console.say(as_json(plan) if print_json else "\n".join(report(plan)))
     return 0
 
 

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device_options.set_threads(parser, options)
     web = web_module()
     with listen(options.port) as listening:
-        service(web, options, listening.getsockname()[1], listening)
+        load_and_serve(web, options, listening.getsockname()[1], listening)
     return 0
 
 
@@ -86,8 +86,8 @@ def listen(port: int) -> socket.socket:
         raise OSError(f"port {port} of {HOST}: {error.strerror}; choose another --port") from None
 
 
-def service(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
-    """Load the model, and serve it until the process is interrupted."""
+def load_and_serve(web: ModuleType, options: argparse.Namespace, port: int, listening: socket.socket) -> None:
+    """Load the model and serve it until the process is interrupted."""
     model, tokenizer, name = load_model(options)
     decode.set_decode(model, options.decode)
     vocabulary = Vocabulary(tokenizer, model.config.vocab_size)

@@ -126,7 +126,7 @@ class Tokenizer:
 
     @cached_property
     def unused_ids(self) -> list[int]:
-        """The ids below vocab_size to which no token belongs."""
+        """The ids below vocab_size that have no token."""
         return [] if len(self.tokens) == self.vocab_size else sorted(set(range(self.vocab_size)) - self.tokens.keys())
 
     @cached_property
@@ -240,7 +240,7 @@ class Tokenizer:
 
     def includes(self, other: Tokenizer) -> bool:
         """Whether every id of `other` is the same token in this tokenizer, so that a model with this tokenizer can use
-        data of `other`."""
+        data encoded by `other`."""
         added = {(token.content, token.id) for token in self.added}
         ids = self.tokens.keys()
         return self.fingerprint == other.fingerprint and all(
@@ -536,7 +536,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"tokenizer {file}: the vocabulary has fingerprint {tokenizer.fingerprint[:12]}; expected "
-            f"{fingerprint[:12]}; a file has been changed; restore it from a backup"
+            f"{fingerprint[:12]}; a file was changed; restore it from a backup"
         )
     return tokenizer
 

@@ -306,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = verify_parity(options) if comparing else {"ok": True}
     if options.json:
         write_json(options.json, report)
-    right = not options.gradients or verify_gradients(options.seed, options.device)
-    return 0 if report["ok"] and right else 1
+    correct = not options.gradients or verify_gradients(options.seed, options.device)
+    return 0 if report["ok"] and correct else 1
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ WRONG = [  # command, arguments, part of the expected line
     (
         "sample",
         "-p -x",
-        "argument -p/--prompt: expected one argument; a value that begins with - follows a =, as in --prompt=-x",
+        "argument -p/--prompt: expected one argument; write a value that begins with - after =, as in --prompt=-x",
     ),
     ("sample", "-m -t 1", "argument -m/--max-tokens: expected one argument ("),
     ("sample", "--start hello", "unknown option --start; use -p TEXT (--prompt), or --prompt-file FILE"),
@@ -90,7 +90,7 @@ WRONG = [  # command, arguments, part of the expected line
         "--block-size 100,000 needs at least 100,001 in each: use --block-size",
     ),
     ("train", "--data text --warmup-iters 9 --lr-decay-iters 8", "--warmup-iters 9 is more than --lr-decay-iters 8"),
-    ("train", "--data -x", "--data: expected one argument; a value that begins with - follows a =, as in --data=-x"),
+    ("train", "--data -x", "--data: expected one argument; write a value that begins with - after =, as in --data=-x"),
     ("train", "--data text --min-lr 1 --learning-rate 0.1", "--min-lr 1 is more than --learning-rate 0.1"),
     ("train", "--data text --learning-rate nan", "--learning-rate is nan; expected more than 0"),
     ("train", "--data text --optimizer sgd --beta1 0.5", "--beta1 is only for --optimizer adamw and muon"),

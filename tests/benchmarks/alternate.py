@@ -193,7 +193,7 @@ def _process(stack: contextlib.ExitStack) -> ProcessPoolExecutor:
     )
 
 
-def apart(function: Callable, *arguments: Any) -> Any:
+def in_subprocess(function: Callable, *arguments: Any) -> Any:
     """Call function(*arguments) in a separate process, so that this one stays small."""
     with contextlib.ExitStack() as stack:
         return _process(stack).submit(function, *arguments).result()
@@ -416,7 +416,7 @@ def report(
         "threads": options.threads,
         "python": platform.python_version(),
         "versions": versions(*PACKAGES),
-        "blas": apart(blas_title),
+        "blas": in_subprocess(blas_title),
         "removed_settings": removed,
         "rounds": options.rounds,
         "load_average": load,

@@ -28,7 +28,7 @@ from tests.benchmarks.alternate import RESULTS, command, new_file, slug, version
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS: dict[str, tuple[int, str, list[str]]] = {  # steps, tokenizer, options
     # (With the default learning rate and 30 warm-up steps, rounding errors grow: after 40 steps, float32 with
-    # TINYGRAD2_KERNELS=reference differs from float32 by 1 %.)
+    # TINYGRAD2_KERNELS=reference differs from float32 by 1%.)
     "nano": (300, "bytes", ["--optimizer", "adamw", "--learning-rate", "1e-3", "--warmup-iters", "100"]),
     "gpt2": (60, "gpt2", ["--batch-size", "1", "--block-size", "1024", "--dropout", "0"]),
 }

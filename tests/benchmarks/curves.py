@@ -11,7 +11,7 @@ step).
                    the second run shows how far rounding alone moves the curve.
 
 Prints the distances between the curves and writes a JSON file to results/; `python docs/pictures.py` plots them. The
-exit status is 1 if this project's final validation loss differs from PyTorch's by more than 1 %.
+exit status is 1 if this project's final validation loss differs from PyTorch's by more than 1%.
 """
 
 from __future__ import annotations
@@ -158,16 +158,16 @@ def train_torch(weights: Path, data: Path, setup: Setup, threads: int, attention
 def distances(a: Curve, b: Curve) -> dict[str, float]:
     """The distances of `a` from `b`, in nats per token and relative to `b`."""
     first, second = np.array(a.training), np.array(b.training)
-    apart = np.abs(first - second)
+    difference = np.abs(first - second)
     return {
         "validation": a.validation - b.validation,
         "validation, relative": a.validation / b.validation - 1,
-        "first step": float(apart[0]),
-        "last step": float(apart[-1]),
-        "largest": float(apart.max()),
-        "largest, at step": int(apart.argmax()) + 1,
-        "largest, relative": float((apart / second).max()),
-        "mean": float(apart.mean()),
+        "first step": float(difference[0]),
+        "last step": float(difference[-1]),
+        "largest": float(difference.max()),
+        "largest, at step": int(difference.argmax()) + 1,
+        "largest, relative": float((difference / second).max()),
+        "mean": float(difference.mean()),
     }
 
 
@@ -207,14 +207,14 @@ def measure(folder: Path, preset: str, setup: Setup, threads: int, names: Sequen
 
 def table(record: dict[str, Any]) -> list[str]:
     """The lines to print."""
-    apart, curves = record["distances"], record["curves"]
+    curves = record["curves"]
     lines = [
         f"{record['preset']}, {record['steps']:,} steps, {record['processor']}, {record['date']}",
-        f"{'':<16}{'validation':>12}{'apart':>11}{'relative':>11}{'step 1':>11}{'last step':>11}{'largest':>11}",
+        f"{'':<16}{'validation':>12}{'difference':>11}{'relative':>11}{'step 1':>11}{'last step':>11}{'largest':>11}",
     ]
     for name, curve in curves.items():
         line = f"{name:<16}{curve['validation']:>12.6f}"
-        if found := apart.get(name):
+        if found := record["distances"].get(name):
             line += f"{found['validation']:>+11.1e}{found['validation, relative']:>+11.1e}{found['first step']:>11.1e}"
             line += f"{found['last step']:>11.1e}{found['largest']:>11.1e} at step {found['largest, at step']:,}"
         lines.append(line)

@@ -30,8 +30,8 @@ from tests.benchmarks.alternate import (
     Contender,
     Tasks,
     Work,
-    apart,
     command,
+    in_subprocess,
     parser,
     positive,
     report,
@@ -153,7 +153,7 @@ def with_ctranslate2(folder: str, cases: Cases, prefill: int, count: int, dtype:
 
     target = os.path.join(folder, "ctranslate2")
     if not os.path.exists(target):
-        apart(convert, folder, target)
+        in_subprocess(convert, folder, target)
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         vocab_size = json.load(file)["vocab_size"]
     generator = ctranslate2.Generator(target, device="cpu", intra_threads=count, compute_type=dtype)
@@ -212,14 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error("--checkpoint and --data must be used together")
     loss = None
     if given.checkpoint is not None:
-        loss = apart(bfloat16_loss, given.checkpoint, given.data, given.windows)
+        loss = in_subprocess(bfloat16_loss, given.checkpoint, given.data, given.windows)
         print(
             f"validation loss: float32 {loss['float32']:.5f}, bfloat16 {loss['bfloat16']:.5f}, "
             f"difference {loss['difference']:+.5f} nats per token",
             flush=True,
         )
     with tempfile.TemporaryDirectory() as folder:
-        apart(save_model, folder, given.preset)
+        in_subprocess(save_model, folder, given.preset)
         return report("decode", given, competitors(folder, given, config), preset=given.preset, loss=loss)
 
 

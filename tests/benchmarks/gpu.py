@@ -262,15 +262,15 @@ class Bench:
         memory = self.np.cuda.alloc_pinned_memory(nbytes)
         host = numpy.frombuffer(memory, dtype=numpy.float32, count=nbytes // 4)
         host[:] = 1
-        there, other = self.backend.zeros(host.shape, host.dtype), self.backend.zeros(host.shape, host.dtype)
+        array, other = self.backend.zeros(host.shape, host.dtype), self.backend.zeros(host.shape, host.dtype)
         stream = self.np.cuda.get_current_stream()
 
         def within() -> None:
-            other[...] = there
+            other[...] = array
 
         seconds = {
-            "to_device": self.timed(lambda: there.set(host, stream=stream), n)[1],
-            "to_host": self.timed(lambda: there.get(stream=stream, out=host, blocking=False), n)[1],
+            "to_device": self.timed(lambda: array.set(host, stream=stream), n)[1],
+            "to_host": self.timed(lambda: array.get(stream=stream, out=host, blocking=False), n)[1],
             "within": self.timed(within, n)[1] / 2,
         }
         return {f"{name}_gb_per_s": nbytes / value / 1e9 for name, value in seconds.items()}

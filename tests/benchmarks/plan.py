@@ -2,7 +2,7 @@
 
 Plans and trains three models of different sizes, each in its own process, and compares the time of a step and the peak
 memory of the process. In each round, first the rates that the plan needs are measured, then the step; the ratio is the
-median over the rounds. The exit status is 1 if a planned time is off by more than 20 %, or a planned memory by more
+median over the rounds. The exit status is 1 if a planned time is off by more than 20%, or a planned memory by more
 than 5 % and 30 MB (the memory of the loaded libraries varies by that much). The 124M model needs 4 GB.
 """
 

@@ -60,9 +60,9 @@ def test_contenders_alternate_and_one_that_fails_is_excluded(tmp_path):
 
 
 def test_apart_returns_the_result_of_another_process():
-    assert alternate.apart(divmod, 7, 3) == (2, 1)
+    assert alternate.in_subprocess(divmod, 7, 3) == (2, 1)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        alternate.apart(os.stat, "nowhere")
+        alternate.in_subprocess(os.stat, "nowhere")
 
 
 def figures():

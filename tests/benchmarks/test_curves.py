@@ -32,10 +32,10 @@ def test_curves_start_at_the_same_loss_and_are_reused(tmp_path, capsys):
     options = ["--steps", "12", "--threads", "1", "--json", str(out), "--folder", str(folder)]
     assert curves.main(options) == 0
     record = json.loads(out.read_text())
-    for apart in record["distances"].values():
-        assert apart["first step"] < 1e-6
-        assert apart["largest"] < 2e-3
-        assert abs(apart["validation, relative"]) < 1e-3
+    for distances in record["distances"].values():
+        assert distances["first step"] < 1e-6
+        assert distances["largest"] < 2e-3
+        assert abs(distances["validation, relative"]) < 1e-3
     training = record["curves"]["tinygrad2"]["training"]
     assert len(training) == 12
     assert training[-1] < training[0] - 1

@@ -217,12 +217,12 @@ def test_a_part_that_fails_does_not_affect_other_parts(device, tmp_path, capsys,
 
 
 def test_a_precision_that_fails_does_not_affect_other_precisions(device, monkeypatch):
-    right = gpu.Bench.our_step
+    original = gpu.Bench.our_step
 
     def our_step(self, precision, batch_size):
         if precision == "float32":
             raise ValueError("it needs a GPU\nand more")
-        return right(self, precision, batch_size)
+        return original(self, precision, batch_size)
 
     monkeypatch.setattr(gpu.Bench, "our_step", our_step)
     bench = gpu.Bench(TINY, "cpu")
@@ -232,12 +232,12 @@ def test_a_precision_that_fails_does_not_affect_other_precisions(device, monkeyp
 
 
 def test_a_batch_that_does_not_fit_is_skipped(device, monkeypatch):
-    right = GPT2.loss
+    original = GPT2.loss
 
     def small_memory(self, tokens, targets):
         if len(tokens) > 2:
             raise MemoryError("Out of memory")
-        return right(self, tokens, targets)
+        return original(self, tokens, targets)
 
     monkeypatch.setattr(GPT2, "loss", small_memory)
     bench = gpu.Bench(TINY, "cpu")
@@ -314,11 +314,11 @@ def test_attention_is_reported_if_pytorch_fails(device, monkeypatch):
 def test_results_of_a_kernel_are_kept_if_the_next_kernel_fails(device, monkeypatch):
     monkeypatch.setattr(gpu, "import_torch", broken)
     bench = gpu.Bench(TINY)
-    right, times = bench.timed, []
+    original, times = bench.timed, []
 
     def timed(function, repeats):
         times.append(repeats)
-        return broken() if len(times) > TINY.rounds else right(function, repeats)
+        return broken() if len(times) > TINY.rounds else original(function, repeats)
 
     monkeypatch.setattr(bench, "timed", timed)
     found = bench.run("attention")

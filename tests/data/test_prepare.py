@@ -648,7 +648,7 @@ def test_a_second_process_with_the_same_out_is_rejected(tmp_path):
         other.kill()
         other.communicate()
     assert lock.exists()
-    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that no longer runs is taken over
+    make([tmp_path / "a.txt"], tmp_path / "out")  # the lock of a process that is no longer running is taken over
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 

@@ -74,18 +74,18 @@ def steps(precision, count, **options):
 def test_gradients_are_close_to_float32(products, activation):
     config = replace(NANO, activation_function=activation)
     loss, found = gradients("bfloat16", config)
-    true_loss, right = gradients("float32", config)
+    true_loss, expected = gradients("float32", config)
     assert loss == pytest.approx(true_loss, rel=2e-3)
-    for name, true in right.items():
+    for name, true in expected.items():
         assert found[name].dtype == np.float32
         error = np.linalg.norm(found[name] - true) / np.linalg.norm(true)
         assert 1e-4 < error < 2e-2, name  # a smaller error would mean float32 products
 
 
 def test_training_losses_are_close_to_float32(products):
-    found, right = (np.array(steps(precision, 40)[0]) for precision in ("bfloat16", "float32"))
-    assert right[-1] < 0.7 * right[0]
-    np.testing.assert_allclose(found, right, rtol=2e-2)
+    found, expected = (np.array(steps(precision, 40)[0]) for precision in ("bfloat16", "float32"))
+    assert expected[-1] < 0.7 * expected[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-2)
 
 
 def test_parameters_are_float32_and_their_copies_are_rounded(products):
@@ -101,9 +101,9 @@ def test_parameters_are_float32_and_their_copies_are_rounded(products):
 @pytest.mark.parametrize("options", [{"recompute": "block"}, {"head_rows": 100}], ids=str)
 def test_memory_saving_options_give_the_same_gradients(products, options):
     loss, found = gradients("bfloat16", **options)
-    true_loss, right = gradients("bfloat16")
+    true_loss, expected = gradients("bfloat16")
     assert loss == pytest.approx(true_loss, rel=1e-6)
-    for name, gradient in right.items():
+    for name, gradient in expected.items():
         if "recompute" in options:
             np.testing.assert_array_equal(found[name], gradient, name)
         else:

@@ -117,7 +117,7 @@ def test_prompts_are_texts_or_ids(prompt, ids):
         ("temprature", 1, "'temprature' is not a supported field"),
     ],
 )
-def test_the_error_for_an_invalid_field_names_it(field, value, message):
+def test_the_error_for_an_invalid_field_names_the_field(field, value, message):
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
     assert str(caught.value).startswith(message)

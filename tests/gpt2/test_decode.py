@@ -170,16 +170,16 @@ def test_generated_texts_equal_those_on_the_cpu(device):
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_greedy_tokens_equal_those_on_the_cpu(device, monkeypatch, samples, capability):
-    """The tokens are chosen on the device, also beyond the context of 32 tokens, and without ids of the padding."""
+    """The tokens are chosen on the device, even beyond the context of 32 tokens, and padding ids are never chosen."""
     config = replace(CONFIG, n_positions=32)
-    model, there = model_of(config), model_of(config, device="cpu")
+    model, on_cpu = model_of(config), model_of(config, device="cpu")
     set_limits(monkeypatch, model, processors=24, capability=capability)
     positions = np.random.default_rng(1).standard_normal((32, 96)).astype(np.float32)  # so that tokens vary
-    for of in (model, there):
-        of.wpe.weight.data = of.backend.asarray(positions)
+    for m in (model, on_cpu):
+        m.wpe.weight.data = m.backend.asarray(positions)
     for vocab_size in (None, 60):
         options = {"samples": samples, "temperature": 0, "vocab_size": vocab_size}
-        texts = [[*generate(of, [5, 9, 2], 35, **options)] for of in (model, there)]
+        texts = [[*generate(m, [5, 9, 2], 35, **options)] for m in (model, on_cpu)]
         np.testing.assert_array_equal(*texts)
         assert len(np.unique(texts[0])) > 10, "the tokens do not vary enough for this test"
         assert texts[0][0].dtype == np.int64
@@ -346,8 +346,8 @@ def test_injected_faults_are_detected(device, monkeypatch, fault):
         inject_in(monkeypatch, SOURCE, FAULTS[fault])
     model, tokens, caught = model_of(config), tokens_of(config, 2, 8), False
     monkeypatch.setattr(Decoder, "first_tag", 2**32 - 12)  # shared memory initially contains the tag 2^32 - 1
-    expected, _ = logits_of(there := model_of(config, device="cpu"), tokens, 3)
-    text = [*generate(there, [5], 3, samples=2, temperature=0)]
+    expected, _ = logits_of(on_cpu := model_of(config, device="cpu"), tokens, 3)
+    text = [*generate(on_cpu, [5], 3, samples=2, temperature=0)]
     # 8 processors: two heads per cluster; 24: a cluster without heads; 2: two blocks with all heads in several steps.
     runs = [(processors, order) for processors in ((8,) if isinstance(fault, tuple) else (24, 2)) for order in range(6)]
     for processors, order in runs:

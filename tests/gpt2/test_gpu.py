@@ -108,18 +108,18 @@ def test_logits_loss_and_gradients_agree_with_the_cpu(cuda, precision, config, r
 
 
 def test_losses_of_100_steps_agree_with_the_cpu():
-    there, _ = train("cpu", 100)
-    here, _ = train("cuda", 100)
-    assert there[-1, 0] < 0.8 * there[0, 0]  # the model learns
-    np.testing.assert_allclose(here[:, 0], there[:, 0], rtol=1e-3)
+    on_cpu, _ = train("cpu", 100)
+    on_gpu, _ = train("cuda", 100)
+    assert on_cpu[-1, 0] < 0.8 * on_cpu[0, 0]  # the model learns
+    np.testing.assert_allclose(on_gpu[:, 0], on_cpu[:, 0], rtol=1e-3)
 
 
 def test_losses_of_200_steps_in_bfloat16_agree_with_float32_on_the_cpu(cuda):
     needs(cuda, "bfloat16")
-    there, _ = train("cpu", 200)
-    here, _ = train("cuda", 200, "bfloat16")
-    assert there[-1, 0] < 0.7 * there[0, 0]
-    np.testing.assert_allclose(here[:, 0], there[:, 0], rtol=2e-2)
+    on_cpu, _ = train("cpu", 200)
+    on_gpu, _ = train("cuda", 200, "bfloat16")
+    assert on_cpu[-1, 0] < 0.7 * on_cpu[0, 0]
+    np.testing.assert_allclose(on_gpu[:, 0], on_cpu[:, 0], rtol=2e-2)
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -233,21 +233,21 @@ KERNELS = {  # name: (function that draws the arguments, positions of those that
 def test_every_kernel_agrees_with_the_cpu(cuda, case, precision, bound):
     needs(cuda, precision)
     arguments, changed = KERNELS[case]
-    name, here, there = case.split(",")[0], [], []
+    name, on_gpu, on_cpu = case.split(",")[0], [], []
     for i, x in enumerate(arguments(Draw())):
         if name == "embedding_backward" and i == 1:
-            here.append(x)  # the tokens stay on the host
-            there.append(x)
+            on_gpu.append(x)  # the tokens stay on the host
+            on_cpu.append(x)
         elif isinstance(x, np.ndarray):
             wide = x.dtype.kind != "i"
             narrow = x.dtype == bfloat16 and precision == "float32"
-            here.append(cuda.asarray(x.astype(np.float32) if narrow else x))
-            there.append(x.astype(np.float64) if wide else x.copy())
+            on_gpu.append(cuda.asarray(x.astype(np.float32) if narrow else x))
+            on_cpu.append(x.astype(np.float64) if wide else x.copy())
         else:
-            here.append(x)
-            there.append(x)
+            on_gpu.append(x)
+            on_cpu.append(x)
     results = []
-    for table, given in ((cuda.kernels, here), (reference, there)):
+    for table, given in ((cuda.kernels, on_gpu), (reference, on_cpu)):
         returned = getattr(table, name)(*given)
         if name == "squared_norm":
             returned = table.norm(returned)
@@ -325,12 +325,12 @@ def test_decoding_in_one_launch_agrees_with_the_cpu(cuda, precision, bound, text
     needs(cuda, precision)
     config = replace(WIDE, n_positions=256)
     tokens = 190 * TEXT[: texts * 256].reshape(texts, 256)
-    model, there = GPT2(config, device="cuda", dtype=precision), GPT2(config)
+    model, on_cpu = GPT2(config, device="cuda", dtype=precision), GPT2(config)
     model.fused_decode = True
     cache = KVCache(model, texts, 256)
     assert cache.decoder is not None
     with no_grad():
-        expected = there(tokens).numpy()
+        expected = on_cpu(tokens).numpy()
         for i in range(256):
             logits = next_logits(model, tokens[:, i : i + 1], cache).numpy()
             assert distance(logits, expected[:, i]) < bound, i
@@ -340,7 +340,7 @@ def test_decoding_in_one_launch_agrees_with_the_cpu(cuda, precision, bound, text
 @pytest.mark.parametrize("decode", ["ordinary", "fused"])
 def test_generated_tokens_equal_those_on_the_cpu(sampling, decode):
     _, model = train("cpu", 10)
-    there = model.generate(TEXT[:20].tolist(), 100, **sampling)  # beyond the context
+    on_cpu = model.generate(TEXT[:20].tolist(), 100, **sampling)  # beyond the context
     model.to("cuda")
     set_decode(model, decode)
-    assert model.generate(TEXT[:20].tolist(), 100, **sampling) == there
+    assert model.generate(TEXT[:20].tolist(), 100, **sampling) == on_cpu

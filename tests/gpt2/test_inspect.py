@@ -129,7 +129,7 @@ def test_errors_print_one_line(tmp_path, capsys, monkeypatch, arguments, status,
         ("ln_f.weight", 3e38, "inspect: the model's logits are not finite numbers"),
     ],
 )
-def test_the_error_for_damaged_weights_names_them(tmp_path, capsys, name, value, message):
+def test_damaged_weights_are_reported(tmp_path, capsys, name, value, message):
     model = make_model()
     parameter = dict(model.named_parameters())[name]
     values = parameter.numpy().copy()

@@ -185,12 +185,12 @@ def test_tokens_may_be_lists_small_integers_or_tensors(model, text):
         ([[0.0, 1.0]], TypeError, "tokens have dtype float64; expected integers"),
     ],
 )
-def test_tokens_that_do_not_fit_are_rejected(model, tokens, error, message):
+def test_invalid_tokens_are_rejected(model, tokens, error, message):
     with pytest.raises(error, match=message):
         model(tokens)
 
 
-def test_targets_that_do_not_fit_are_rejected(model, text):
+def test_invalid_targets_are_rejected(model, text):
     with pytest.raises(ValueError, match=r"targets contain 29; expected integers in \[0, 29\)"):
         model.loss(text, np.full_like(text, 29))
     with pytest.raises(ValueError, match=r"targets has shape \(3, 7\); expected \(3, 8\)"):
@@ -283,13 +283,13 @@ def test_backward_equals_the_backward_pass_of_the_loss(monkeypatch):
     def at_once(model, key):
         return model.backward(tokens, targets, key, 0.3)
 
-    right = gradients(separately)
+    expected = gradients(separately)
     same, chunks = gradients(at_once), gradients(at_once, 50)
     monkeypatch.setattr(get_backend(), "logits_bytes", 50 * 50 * 4)
     limited = gradients(at_once)
-    assert same[0] == right[0]
-    assert chunks[0] == limited[0] == pytest.approx(right[0], rel=1e-6)
-    for name, gradient in right[1].items():
+    assert same[0] == expected[0]
+    assert chunks[0] == limited[0] == pytest.approx(expected[0], rel=1e-6)
+    for name, gradient in expected[1].items():
         np.testing.assert_array_equal(same[1][name], gradient, err_msg=name)
         np.testing.assert_array_equal(chunks[1][name], limited[1][name], err_msg=name)
         assert np.linalg.norm(chunks[1][name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
@@ -301,7 +301,7 @@ class Doubling:
 
 
 class Doubled(Doubling, GPT2):
-    """GPT2 with another loss, which a class without `backward` defines."""
+    """GPT2 with its loss overridden by a mixin that has no `backward`."""
 
 
 class DoubledByHand(Doubled):
@@ -319,7 +319,7 @@ def test_backward_uses_an_overridden_loss():
     tripled.loss = lambda tokens, targets, key: GPT2.loss(tripled, tokens, targets, key) * 3
     assert tripled.backward(tokens, targets, KEY, 0.5) == 3 * loss
     assert by_hand.backward(tokens, targets, KEY, 0.5) == 2 * loss
-    assert by_hand.wpe.weight.grad is None  # of the method above, not of LanguageModel
+    assert by_hand.wpe.weight.grad is None  # the method above was called, not LanguageModel.backward
 
 
 def test_recomputing_layer_results_is_bit_identical(monkeypatch):

@@ -43,18 +43,18 @@ def test_attention_is_far_from_uniform():
      "layernorm_backward", "add_layernorm_backward", "gelu_exact_backward", "lm_head_backward", "dropout_backward"))],
 )  # fmt: skip
 def test_an_error_of_a_thousandth_is_detected(kernel, monkeypatch):
-    right = getattr(reference, kernel)
-    monkeypatch.setattr(get_backend().kernels, kernel, lambda *arguments: right(*arguments) * 1.001)
+    original = getattr(reference, kernel)
+    monkeypatch.setattr(get_backend().kernels, kernel, lambda *arguments: original(*arguments) * 1.001)
     errors = verify.gradient_errors(verify.small_model("gelu"))
     assert max(errors.values()) > 100 * verify.BOUND
 
 
 def test_a_missing_gradient_is_detected(monkeypatch):
-    right = reference.embedding_backward
+    original = reference.embedding_backward
     monkeypatch.setattr(
         get_backend().kernels,
         "embedding_backward",
-        lambda dy, ids, first, dwte, dwpe: right(dy, ids, first, dwte, None),
+        lambda dy, ids, first, dwte, dwpe: original(dy, ids, first, dwte, None),
     )
     errors = verify.gradient_errors(verify.small_model("gelu"))
     assert [name for name, error in errors.items() if error > verify.BOUND] == ["wpe.weight"]
@@ -69,8 +69,8 @@ def test_the_command_prints_a_table_of_gradients(capsys):
 
 
 def test_the_command_fails_if_a_gradient_is_wrong(monkeypatch, capsys):
-    right = reference.gelu_exact_backward
-    monkeypatch.setattr(get_backend().kernels, "gelu_exact_backward", lambda *arguments: right(*arguments) * 1.001)
+    original = reference.gelu_exact_backward
+    monkeypatch.setattr(get_backend().kernels, "gelu_exact_backward", lambda *arguments: original(*arguments) * 1.001)
     assert verify.main(["--gradients"]) == 1
     table = capsys.readouterr().out
     tanh_form, exact_form = table.split("gelu (exact form)")
@@ -162,10 +162,10 @@ def test_a_recorded_reference_needs_no_torch(recorded, monkeypatch, tmp_path, ca
     ],
 )
 def test_the_first_deviation_is_reported(kernel, first, recorded, monkeypatch, tmp_path, capsys):
-    right = getattr(get_backend().kernels, kernel)
+    original = getattr(get_backend().kernels, kernel)
 
     def wrong(*arguments):
-        results = right(*arguments)
+        results = original(*arguments)
         if kernel == "attention_cached":  # a small error would not change the most probable token, hence the text
             return -results
         return (results[0] * 1.001, *results[1:]) if isinstance(results, tuple) else results * 1.001

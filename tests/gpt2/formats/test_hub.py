@@ -90,7 +90,7 @@ def test_a_named_model_is_downloaded_once(model, tmp_path):
         server.shutdown()
     assert f"snapshots/{hub.REVISIONS['gpt2']}" in first.stderr
     assert not list((tmp_path / "cache").rglob("generation_config.json"))  # only needed files are downloaded
-    again = run_sample(tmp_path, endpoint)  # the server no longer runs
+    again = run_sample(tmp_path, endpoint)  # the server is no longer running
     assert again.stdout == first.stdout != ""
 
 

@@ -148,7 +148,7 @@ def other_vocabulary(arrays):
         (other_vocabulary, "lm_head.weight differs from wte.weight"),
     ],
 )
-def test_the_error_names_a_tensor_that_does_not_fit(change, message, folder):
+def test_the_error_names_the_invalid_tensor(change, message, folder):
     rewrite(folder, change)
     assert_load_fails(folder, "model.safetensors", message)
 

@@ -51,7 +51,7 @@ def test_a_padded_vocabulary_in_config_json_is_kept(tmp_path):
         ({"dropout": "x"}, "embd_pdrop is 'x'"),
     ],
 )
-def test_a_config_that_does_not_fit_is_rejected_before_a_model_is_created(change, message, model, tmp_path):
+def test_an_invalid_config_is_rejected_before_a_model_is_created(change, message, model, tmp_path):
     path = nanogpt(tmp_path / "ckpt.pt", linear(model), **change)
     with pytest.raises(ValueError, match=r"ckpt.pt: ") as error:
         GPT2.from_pretrained(path)

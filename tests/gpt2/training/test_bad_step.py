@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(wor
         return result
 
     monkeypatch.setattr(GPT2, "loss", infinite_once)
-    monkeypatch.setattr(GPT2, "backward", LanguageModel.backward)  # of this loss
+    monkeypatch.setattr(GPT2, "backward", LanguageModel.backward)  # it calls the replaced loss
     run("--max-iters", "3", "--save-interval", "1", "--keep", "5")
     assert len(calls) == 2  # the step itself, and its repetition with checks
     row = strict_rows("out/log.jsonl")[1]
@@ -220,7 +220,7 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(workspace, monke
         (bad_step.STEP, "{", "["),
     ],
 )
-def test_the_error_for_a_damaged_folder_names_it(workspace, monkeypatch, file, old, new):
+def test_the_error_for_a_damaged_folder_names_the_folder(workspace, monkeypatch, file, old, new):
     spoil_steps(monkeypatch, 0)
     run("--max-iters", "1")
     path = Path("out/bad-step-1") / file

@@ -32,7 +32,7 @@ def test_sizes_can_be_set_by_options(workspace, capsys):
     model = GPT2.from_pretrained("out/ckpt-000002")
     config = model.config
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (1, 2, 16, 80)
-    opening = "model      nano with other sizes: 8,704 parameters (1 layers, 2 heads, embedding size 16, context 80)"
+    opening = "model      nano with other sizes: 8,704 parameters (1 layer, 2 heads, embedding size 16, context 80)"
     assert opening in capsys.readouterr().out
     assert train.main(["--max-iters", "3"]) == 0
     assert train.main(["--max-iters", "4", "--n-embd", "16"]) == 0

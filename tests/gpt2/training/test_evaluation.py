@@ -62,7 +62,7 @@ def test_an_evaluation_is_divided_among_ranks(user):
     assert loss == pytest.approx(mean_loss(model, data, 2, 16, 5), rel=1e-6)
     alone = evaluate_task(TASKS["hellaswag"], model, tokenizer, load_items(TASKS["hellaswag"], "h.jsonl"), 4)
     assert task == pytest.approx(alone, rel=1e-6)
-    assert [array[0] for array in parts.gathered] == [4, 3]  # of the seven items
+    assert [array[0] for array in parts.gathered] == [4, 3]  # the seven items, divided between the ranks
 
 
 @pytest.mark.parametrize("name", ["text", "pairs"])
