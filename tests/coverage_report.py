@@ -69,6 +69,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"gpt2/formats/hub\.py: download$", "needs a network"),
     (r"tinygrad2/kernels/gemm\.py: _in_wheels$", "needs the CUDA wheels"),
     (r"tinygrad2/diagnose\.py: gpu$", GPU),
+    (r"gpt2/parity\.py: (torch_model|torch_results)$", "needs PyTorch: the part slow executes it"),
+    (r"tinygrad2/arguments\.py: of_numpy$", "needs PyTorch: the part slow executes it"),
     (r"tinygrad2/gradcheck\.py: run$", "the entry point, which tests replace or interrupt"),
     (r"gpt2/training/watch\.py: Watch\._end$", ENDS),
 )
