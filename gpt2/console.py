@@ -258,7 +258,7 @@ def run(main: Callable[[], int]) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message, or for an operating-system error, the name of the file and the reason."""
+    """The error's message, or, for an operating-system error, the name of the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

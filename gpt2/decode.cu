@@ -2,11 +2,11 @@
 #include "gelu.cuh"
 // Computes one token of GPT-2 for each of B texts, from the token id to the logits, in one launch.
 //
-// Each token reads every weight once and performs two operations with it, so memory bandwidth is the limit: 124M
+// For each token, every weight is read once and used in two operations, so memory bandwidth is the limit: 124M
 // parameters in bf16 are 248 MB, which take 58 us at 4.3 TB/s. With one launch per operation, a token would take
 // several times as long, since each of 100 kernels starts by waiting for memory. Here the blocks stay resident for the
-// entire model, and the limit is the speed of their exchanges: twice per layer between all blocks, and up to four times
-// in between within a cluster.
+// entire model, and the limit is the speed of their exchanges: two per layer among all blocks, and up to four within a
+// cluster before each of these.
 //
 // Glossary
 //   cluster   RANKS blocks that share HEADS heads and HIDDEN columns of the MLP. With HARDWARE_CLUSTERS (compute
@@ -50,7 +50,7 @@ constexpr int ATTENTION_CLUSTERS = (H + HEADS - 1) / HEADS;      // clusters tha
 constexpr int VEC = Pack<REAL>::N;
 using Access = Pack<REAL, VEC>;
 constexpr int UNROLL = B <= 2 ? 2 : 1;  // unrolled steps of a product, whose weights are in registers
-constexpr int WTE_HALVES = 3;               // number of last halves, which prefetch the first rows of wte to L2
+constexpr int WTE_HALVES = 3;  // number of final halves in which the first rows of wte are prefetched into L2
 enum { QKV, PROJECTION, MLP_IN, MLP_OUT, MATRICES };
 
 #if !HARDWARE_CLUSTERS  // inlined, it would spill registers on sm_80
@@ -499,7 +499,7 @@ __device__ __forceinline__ void choose_token(int* chosen, const Choice* best, Me
   if (lane == 0) chosen[b] = choice.token;
 }
 
-// Prefetches to L2: the vectors of the next layer, which all blocks need (each block fetches some lines), the first
+// Prefetches into L2: the vectors of the next layer, which all blocks need (each block fetches some lines), the first
 // rows of wte, and this block's keys and values.
 __device__ __forceinline__ void prefetch_vectors(const Layer& layer) {
   constexpr int LINE = 32;  // elements
@@ -563,8 +563,8 @@ __device__ __forceinline__ void half_layer(Stream& stream, const Layer& layer, c
   });
 }
 
-// previous (B), tokens: the input tokens, at `position` in their texts: `previous`, which an earlier launch has chosen,
-//   or `tokens` if `previous` is null.
+// previous (B), tokens: the input tokens, which are at `position` in their texts. They are those in `previous`, which
+//   were chosen by an earlier launch, or `tokens` if `previous` is null.
 // logits (B, V), chosen (B): the outputs, either of which may be null. `chosen` is among the first `choices` tokens.
 // results (4, CLUSTERS, B, C): messages to all blocks with the same rank, followed by (B, BLOCKS, 2) for block 0.
 // mailbox (BLOCKS, MAILBOX): used only without hardware clusters.

@@ -97,7 +97,7 @@ class Run:
         return loss / (math.log(2) * size) if is_number(size) and size > 0 else None
 
     def tokenizer(self) -> object:
-        """The identity of the tokenizer: its fingerprint, or in records of earlier versions its name."""
+        """The identity of the tokenizer: its fingerprint, or, in records of earlier versions, its name."""
         data = self.started("data")
         return data.get("tokenizer fingerprint", data.get("tokenizer"))
 
@@ -155,7 +155,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
 
 @dataclass
 class Axis:
-    """Maps values from low to high to 0 ... 1, linearly or logarithmically."""
+    """Maps the interval from `low` to `high` to [0, 1], linearly or logarithmically."""
 
     low: float
     high: float
@@ -313,8 +313,8 @@ def colour(i: int) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A scrollable table, from the column headers, and the attributes and cells of each row. The first cell is the
-    row's header. All arguments are HTML."""
+    """A scrollable table with these column headers and rows. A row consists of its attributes and its cells, the first
+    of which is its header. All arguments are HTML."""
     top = "".join(f'<th scope="col">{head}</th>' for head in heads)
     body = (
         f'<tr {attributes}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -441,7 +441,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def chart_of(key: str, runs: Sequence[Run], kind: str = "", in_bytes: bool = False) -> str:
-    """The chart of a value in the log, over steps, or over tokens if the runs have different step sizes.
+    """The chart of a value in the log, over steps, or over tokens if the number of tokens per step differs.
 
     in_bytes  convert a loss from nats per token to bits per byte.
     """
@@ -521,7 +521,7 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def samples(run: Run) -> str:
-    """The samples, newest first. If there are many, an evenly spaced selection."""
+    """The samples, newest first. If there are many, an evenly spaced selection is shown."""
     count = len(run.samples)
     if not count:
         return ""

@@ -1,8 +1,8 @@
 """Reads model files in any supported format, and maps them to the names and layout of gpt2.model.GPT2.
 
-Supported are Hugging Face folders (config.json with model.safetensors or pytorch_model.bin, possibly sharded), PyTorch
-files (nanoGPT and build-nanogpt checkpoints, plain state dicts), and llm.c files. Every shape is checked before a model
-is created.
+The supported formats are Hugging Face folders (config.json with model.safetensors or pytorch_model.bin, possibly
+sharded), PyTorch files (nanoGPT and build-nanogpt checkpoints, plain state dicts), and llm.c files. Every shape is
+checked before a model is created.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINER, BEST = "trainer.json", "best"  # the trainer's state in a checkpoint; t
 
 @dataclass
 class ModelFile:
-    """A model in a file or folder, whose shapes have been read, but not its values.
+    """A model in a file or folder. The shapes of its parameters have been read, but not their values.
 
     file      the file with the parameters, or the index of its shards.
     config    the model's sizes and dropout rates.
@@ -76,7 +76,7 @@ def find_model(path: Path, say: Callable[[str], None]) -> Path:
     """The model file or folder that `path` refers to:
 
     a model                      `path` itself
-    the out-dir of a run         its newest intact checkpoint, or if there is none, its newest .pt file
+    the out-dir of a run         its newest intact checkpoint, or, if there is none, its newest .pt file
     OUT/best                     the best checkpoint of the run in OUT
     a name in gpt2.formats.hub   the folder of OpenAI's downloaded model
 
@@ -277,7 +277,7 @@ def _plain_names(stored: dict[str, Stored]) -> tuple[dict[str, Stored], list[str
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """The prefix in the name of the token embedding, or if that is missing, of the position embedding."""
+    """The prefix in the name of the token embedding, or, if that is missing, of the position embedding."""
     for embedding in EMBEDDINGS:
         found = [name for name in names if name == embedding or name.endswith(f".{embedding}")]
         if len(found) > 1:

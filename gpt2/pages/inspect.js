@@ -256,7 +256,7 @@ function expectedWords({ data, label }, t) {
 // Attention
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Draws a map in the colour of the canvas: more attention is more opaque. Later keys have the colour of rules.
+// Draws a map in the colour of the canvas: more attention is more opaque. Keys after the query have the colour of the rules.
 function draw(canvas, map) {
   const { size, weight } = map, style = getComputedStyle(canvas);
   const rgb = (name) => {

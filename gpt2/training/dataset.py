@@ -153,7 +153,7 @@ class TokenDataset:
         return hashlib.sha256(sums.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the ids: the tokenizer in the folder, or for shards of another program, GPT-2's.
+        """The tokenizer of the ids: the tokenizer in the folder, or, for shards of another program, GPT-2's.
 
         Raises ValueError if the saved tokenizer is not the tokenizer in the manifest.
         """
