@@ -101,7 +101,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def guarded(product: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that computes products by a BLAS library, inside such a context."""
+    """Wrap a function that calls BLAS so that it runs in this context."""
 
     @functools.wraps(product)
     def call(*arguments: Any, **options: Any) -> Any:

@@ -47,7 +47,10 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
     if not model.backend.cuda:
         say(f"products   {blas.description()}")
     if (load := machine.load_average()) > (cores := os.cpu_count() or 1) + 0.5:
-        say(f"load       other programs use the cores (load average {load:.1f} on {cores}); steps will be slower")
+        say(
+            f"load       other programs use the cores (load average {load:.1f} on {cores}); steps will be slower, and "
+            f"--threads 1 may be faster"
+        )
     if comm.size > 1 and model.backend.cuda:
         direct = comm.nccl(model.backend)
         say(f"all-reduce {'GPU to GPU (NCCL)' if direct else 'through host memory'}")

@@ -1033,12 +1033,13 @@ def _attention_backward_bfloat16(
         _convert_matrix(heads[7, 0, 0], dv[b, h])
 
 
-def _attention_plans(keys: int, D: int) -> onednn.Plans:
-    """Plans (3, keys / R) for the products q k^T, p v and p^T do of blocks."""
+def _attention_plans(keys: int, D: int, backward: bool) -> onednn.Plans:
+    """Plans (kinds, keys / R) for the products of blocks: q k^T, p v and, for the backward pass, p^T do."""
     R, sizes = BF16_BLOCK, range(BF16_BLOCK, keys + 1, BF16_BLOCK)
     products = [onednn.Product((R, n, D), ((D, 1), (1, D), (n, 1))) for n in sizes]
     products += [onednn.Product((R, D, n), ((n, 1), (D, 1), (D, 1))) for n in sizes]
-    products += [onednn.Product((n, D, R), ((1, n), (D, 1), (D, 1)), add=True) for n in sizes]
+    if backward:
+        products += [onednn.Product((n, D, R), ((1, n), (D, 1), (D, 1)), add=True) for n in sizes]
     return onednn.Plans(products)
 
 
@@ -1084,11 +1085,11 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *dropout: Any) -> tuple
 
     def heads_by_onednn(start: int, stop: int) -> None:
         keys = -(-k.shape[2] // BF16_BLOCK) * BF16_BLOCK
-        plans = _attention_plans(keys, D)
+        plans = _attention_plans(keys, D, backward=False)
         copies, p = memory.empty((3, keys, D), np.uint16), memory.empty((BF16_BLOCK * keys,), number)
         arrays = [bits(array) for array in (q, k, v, o)]
         buffers = (copies, p, memory.empty(p.shape, np.uint16))
-        addresses = plans.addresses.reshape(3, -1)
+        addresses = plans.addresses.reshape(2, -1)
         onednn.check(run(addresses, *arrays, lse, *buffers, start, stop, scale, *dropout))
 
     if q.dtype == bfloat16 and onednn.library() is not None:
@@ -1133,7 +1134,7 @@ def attention_backward(
     def heads_by_onednn(start: int, stop: int) -> None:
         T, D = q.shape[2:]
         keys = -(-T // BF16_BLOCK) * BF16_BLOCK
-        plans = _attention_plans(keys, D)
+        plans = _attention_plans(keys, D, backward=True)
         copies, sums = memory.empty((4, keys, D), np.uint16), memory.empty((2, keys, D), number)
         p, dp = memory.empty((2, BF16_BLOCK * keys), number)
         before, after = map(bits, (do, q, k, v, o)), map(bits, (dq, dk, dv))

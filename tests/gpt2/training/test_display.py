@@ -39,7 +39,7 @@ def test_a_busy_machine_is_reported(workspace, capsys, monkeypatch):
     monkeypatch.setattr(machine, "load_average", lambda: 99.5)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     run("--max-iters", "2")
-    line = "load       other programs use the cores (load average 99.5 on 2); steps will be slower\n"
+    line = "(load average 99.5 on 2); steps will be slower, and --threads 1 may be faster\n"
     assert capsys.readouterr().out.count(line) == 1
 
 
