@@ -22,6 +22,7 @@ from tinygrad2 import functional as f
 from tinygrad2 import ops
 from tinygrad2.autograd import no_grad
 from tinygrad2.backend import DEVICES, get_backend
+from tinygrad2.files import discard_stdout
 from tinygrad2.gradient_checkpointing import recompute
 from tinygrad2.random import Key
 from tinygrad2.tensor import Tensor, record
@@ -548,9 +549,15 @@ def _shapes(case: GradientCase) -> str:
 
 
 def run() -> int:
-    """Run the command and return its exit status. Ctrl-C prints a single line instead of a traceback."""
+    """Run the command and return its exit status. Ctrl-C prints one line, and a closed pipe nothing, instead of a
+    traceback."""
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        discard_stdout()  # Python flushes stdout again when it exits
+        return 0
     except KeyboardInterrupt:
         print("tinygrad2.gradcheck: interrupted", file=sys.stderr)
         return 130

@@ -86,13 +86,14 @@ def describe_start(trainer: Trainer, notes: Sequence[str], losses: dict[str, flo
 def describe_schedule(options: Options) -> str:
     """Describe the learning-rate schedule in words."""
     peak, warmup = f"{options.learning_rate:.1e}", options.warmup_iters
+    earlier = f"; this run ends earlier, at {options.learning_rate_at(options.max_iters - 1):.1e}"
     if warmup >= options.max_iters:
-        last = options.learning_rate_at(options.max_iters - 1)
-        return f"warm-up to {peak} over {warmup:,} steps; this run ends earlier, at {last:.1e}"
+        return f"warm-up to {peak} over {warmup:,} steps{earlier}"
     rise = f"warm-up to {peak} over {_plural(warmup, 'step')}" if warmup else f"from {peak}"
     stable = f", constant until step {options.stable_iters:,}" if options.lr_schedule == "wsd" else ""
     shape = "cosine" if options.lr_schedule == "cosine" else "linear"
-    return f"{rise}{stable}, {shape} decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+    decay = f"{shape} decay to {options.min_lr:.1e} at step {options.lr_decay_iters:,}"
+    return f"{rise}{stable}, {decay}{earlier if options.max_iters < options.lr_decay_iters else ''}"
 
 
 def _plural(count: int, noun: str) -> str:

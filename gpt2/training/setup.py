@@ -89,19 +89,20 @@ def resumed_run(given: OptionValues, saved: RunState) -> tuple[Options, GPT2Conf
 
 
 def _rate_notes(before: Options, options: Options, step: int) -> list[str]:
-    """A note if the learning rate increases after `step` because the resumed run has a longer schedule."""
+    """A note if the learning rate increases or drops after `step` because the resumed run has another schedule."""
     was, now = before.learning_rate_at(max(0, step - 1)), options.learning_rate_at(step)
-    if step < before.warmup_iters or now <= 1.1 * was:
-        return []
     kept = before.learning_rate_at(step)
+    if step < before.warmup_iters or kept / 1.1 <= now <= 1.1 * was:
+        return []
     keep = (
         f"--lr-decay-iters {before.lr_decay_iters} keeps it at {kept:.1e}"
         if kept
         else "--learning-rate X sets a lower peak"
     )
+    change = "increases again" if now > was else "drops"
     return [
-        f"rate       the learning rate was {was:.1e} at step {step:,} and increases again to {now:.1e}, because its "
-        f"decay now ends at step {options.lr_decay_iters:,}; {keep}"
+        f"rate       the learning rate was {was:.1e} at step {step:,} and {change} to {now:.1e}, because its decay now "
+        f"ends at step {options.lr_decay_iters:,}; {keep}"
     ]
 
 

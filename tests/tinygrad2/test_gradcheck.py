@@ -1,6 +1,8 @@
 import inspect
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -274,6 +276,14 @@ def test_the_command_prints_a_table_and_exits_with_zero(capsys):
     assert len(lines) == len(CASES) + 2
     assert all(line.endswith("  ok") for line in lines[1:-1])
     assert lines[-1].startswith(f"{len(CASES)} of {len(CASES)} gradients are correct")
+
+
+def test_a_closed_pipe_is_not_an_error():
+    command = [sys.executable, "-m", "tinygrad2.gradcheck"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_the_command_exits_with_one_when_a_gradient_is_wrong(capsys, monkeypatch):

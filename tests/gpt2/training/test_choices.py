@@ -187,6 +187,19 @@ def test_a_learning_rate_that_rises_again_is_reported(workspace, capsys, again, 
         assert "--lr-decay-iters 20 keeps it at 3.0e-04" in line[0]
 
 
+def test_a_learning_rate_that_drops_is_reported(workspace, capsys):
+    run("--max-iters", "20", "--lr-decay-iters", "40", "--eval-interval", "20", "--optimizer", "adamw")
+    assert "at step 40; this run ends earlier, at " in capsys.readouterr().out
+    assert train.main(["--max-iters", "24", "--lr-decay-iters", "24"]) == 0
+    said = capsys.readouterr().out
+    rates = [row["lr"] for row in rows("out")]
+    line = re.search(r"rate       the learning rate was (\S+) at step 20 and drops to (\S+), because its .*", said)
+    assert line
+    assert float(line[1]) == pytest.approx(rates[19], rel=0.05)
+    assert float(line[2]) == pytest.approx(rates[20], rel=0.05)
+    assert "--lr-decay-iters 40 keeps it at " in line[0]
+
+
 def test_a_learning_rate_that_rises_from_0_is_reported(workspace, capsys):
     run("--max-iters", "10")
     assert train.main(["--max-iters", "20"]) == 0
