@@ -20,7 +20,7 @@ from gpt2 import device_options
 from gpt2.console import Parser
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, check_sampling, end_ids, generate
-from gpt2.inspection import PATTERNS, SPREADS, Vocabulary, check_weights, inspect, inspector_page, unpacked, word_label
+from gpt2.inspection import PATTERNS, SPREADS, Vocabulary, inspect, inspector_page, unpacked, word_label
 from gpt2.model import GPT2
 from gpt2.page import write
 from gpt2.tokenizer import Tokenizer
@@ -85,7 +85,6 @@ def _inspect(options: argparse.Namespace) -> int:
         raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or pass --checkpoint")
     model = GPT2.from_pretrained(folder, device=options.device)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
-    check_weights(model, str(folder))
     console.say(f"model: {folder}, {model.config.summary()}, {model.n_parameters():,} parameters")
     tokens, prompt, notes = text_of(options, model, tokenizer)
     data = inspect(model, tokenizer, tokens, prompt, str(folder)) | {"notes": notes}

@@ -439,18 +439,6 @@ def unpacked(data: JsonObject) -> np.ndarray:
     return np.frombuffer(base64.b64decode(data["base64"]), dtype).reshape(data["shape"])
 
 
-def check_weights(model: GPT2, name: str) -> None:
-    """Raise ValueError, which names the tensor, if a parameter has values that are not finite."""
-    for tensor, parameter in model.named_parameters():
-        values = parameter.numpy()
-        bad = int(values.size - np.isfinite(values).sum())
-        if bad:
-            raise ValueError(
-                f"{name}: {bad:,} of {values.size:,} values of tensor {tensor} are not finite; the model is "
-                f"damaged; convert or train it again"
-            )
-
-
 def check_activations(trace: Trace) -> None:
     """Raise ValueError, which names the first result that is not finite, if there is one."""
     for i, layer in enumerate(trace.layers, 1):

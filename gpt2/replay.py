@@ -77,7 +77,7 @@ def load_model(folder: Path, step: bad_step.BadStep, device: str, dtype: str | N
             dtype = "float32"
     config = model_file.load_config(folder)
     model = GPT2(config, seed=None, device=device, dtype=dtype, recompute=recompute, head_rows=head_rows)
-    model_file.load_into(model, folder)
+    model_file.load_into(model, folder, damaged=True)  # the damage is what replay locates
     return model
 
 

@@ -25,7 +25,7 @@ from gpt2.completions import Worker
 from gpt2.console import Parser, visible
 from gpt2.formats.model_file import default_model, find_model
 from gpt2.generate import begin_id, generate
-from gpt2.inspection import Vocabulary, check_weights, inspect
+from gpt2.inspection import Vocabulary, inspect
 from gpt2.model import GPT2
 from gpt2.page import page, resource
 from gpt2.tokenizer import Tokenizer
@@ -122,7 +122,6 @@ def load_model(options: argparse.Namespace) -> tuple[GPT2, Tokenizer, str]:
         raise ValueError("no trained model in checkpoint/ or out/; train one (python train.py), or pass --checkpoint")
     model = GPT2.from_pretrained(folder, device=options.device, dtype=options.dtype)
     tokenizer = Tokenizer.for_model(folder, model.config.vocab_size)
-    check_weights(model, str(folder))
     console.say(f"model: {folder}, {model.config.summary()}, {model.n_parameters():,} parameters")
     return model, tokenizer, visible(options.checkpoint or str(folder))
 

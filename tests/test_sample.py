@@ -279,7 +279,7 @@ def test_nan_weights_are_reported(user, capsys):
     model = save_model("checkpoint")
     model.ln_f.weight.data[...] = float("nan")
     model.save_pretrained("checkpoint")
-    assert "the model's logits are not finite numbers" in run(capsys, "-p", "x", "-t", "0", code=1).err
+    assert "the weights are damaged: parameter ln_f.weight [0] is nan (16 of 16 values)" in run(capsys, code=1).err
 
 
 def test_sampling_ends_silently_when_the_pipe_is_closed(user):
@@ -367,9 +367,8 @@ def test_the_damaged_tensor_is_named(user, capsys, value):
     model.save_pretrained("damaged")
     Path("damaged/manifest.json").unlink()
     output = run(capsys, "--checkpoint", "damaged", "-m", "2", "-p", "1", code=1).err
-    found = "its weights are damaged: parameter h.0.ln_1.bias [3] is "
-    error = "sample.py: error: generate: the model's logits are not finite numbers"
-    assert f"{error}; {found}{value:.7g} (1 of 16 values)" in output
+    error = "sample.py: error: damaged/model.safetensors: the weights are damaged: parameter h.0.ln_1.bias [3] is "
+    assert f"{error}{value:.7g} (1 of 16 values); expected finite values" in output
 
 
 # Sources of the prompt

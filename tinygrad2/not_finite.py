@@ -184,8 +184,10 @@ def largest(x: Array | Tensor) -> float:
         return 0.0
     flat, backend, size = values.reshape(-1), backend_of(values), 0.0
     for first in range(0, flat.size, CHUNK):
-        part = abs(flat[first : first + CHUNK].astype(sum_dtype(values.dtype)))
-        found = float(backend.to_host(part.max()))
+        part = flat[first : first + CHUNK].astype(sum_dtype(values.dtype), copy=False)
+        found = max(
+            abs(float(backend.to_host(part.min()))), abs(float(backend.to_host(part.max())))
+        )  # both NaN, or none
         if not math.isfinite(found):
             return found
         size = max(size, found)

@@ -23,6 +23,7 @@ from gpt2.formats.torch_file import LM_HEAD
 from gpt2.formats.torch_optimizer import TrainingState
 from gpt2.language_model import LanguageModel
 from tinygrad2 import checkpoint
+from tinygrad2.not_finite import LARGE, bad_parameters
 
 MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")  # causal masks in old files; they are not parameters
 PARTS = ("wte", "wpe", "h", "ln_f")  # the first component of a parameter's name, after any prefix
@@ -190,8 +191,12 @@ def load_config(path: str | Path) -> GPT2Config:
     return open_model(path).config
 
 
-def load_into(model: LanguageModel, path: str | Path) -> None:
-    """Load the parameters of `model` from the file or folder `path`. Raises the errors of open_model."""
+def load_into(model: LanguageModel, path: str | Path, damaged: bool = False) -> None:
+    """Load the parameters of `model` from the file or folder `path`.
+
+    Raises the errors of open_model and, unless `damaged` is true, ValueError for values that are not finite or are too
+    large to compute with (larger than not_finite.LARGE).
+    """
     source = open_model(path)
     source.say_left_out()
     parameters = dict(model.named_parameters())
@@ -206,6 +211,8 @@ def load_into(model: LanguageModel, path: str | Path) -> None:
         raise ValueError(f"{source.file}: it has {len(source.arrays)} tensors; expected {len(parameters)}")
     for name, parameter in parameters.items():
         parameter.data = model.backend.asarray(source.read(name), dtype=parameter.dtype)
+    if not damaged and (place := next(bad_parameters(model), None)):
+        raise ValueError(f"{source.file}: the weights are damaged: {place}; expected finite values up to {LARGE:.1e}")
 
 
 def _read(file: Path) -> tuple[GPT2Config | None, dict[str, Stored]]:

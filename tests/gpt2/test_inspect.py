@@ -123,10 +123,9 @@ def test_errors_print_one_line(tmp_path, capsys, monkeypatch, arguments, status,
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("h.1.mlp.c_fc.weight", math.nan, "1 of 2,304 values of tensor h.1.mlp.c_fc.weight are not finite"),
-        ("wte.weight", math.inf, "1 of 6,168 values of tensor wte.weight are not finite"),
-        ("h.0.mlp.c_proj.weight", 3e38, "the MLP of layer 1 has values that are not finite"),
-        ("ln_f.weight", 3e38, "inspect: the model's logits are not finite numbers"),
+        ("h.1.mlp.c_fc.weight", math.nan, r"parameter h.1.mlp.c_fc.weight \[0, 5\] is nan \(1 of 2,304 values\)"),
+        ("wte.weight", math.inf, r"parameter wte.weight \[0, 5\] is inf \(1 of 6,168 values\)"),
+        ("ln_f.weight", 3e38, r"parameter ln_f.weight \[5\] is 3e\+38 \(19 of 24 values\)"),
     ],
 )
 def test_damaged_weights_are_reported(tmp_path, capsys, name, value, message):

@@ -60,6 +60,22 @@ def test_surprise_ranks_choices_and_bits_per_byte_agree_with_the_logits(data, mo
     assert np.allclose(np.take_along_axis(p, ids.astype(int), 1), chances, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("h.0.attn.c_proj.weight", 3e38, "the attention of layer 1 has values that are not finite"),
+        ("h.1.mlp.c_proj.weight", 3e38, "the MLP of layer 2 has values that are not finite"),
+        ("ln_f.weight", math.nan, "inspect: the model's logits are not finite numbers"),
+    ],
+)
+def test_a_result_that_is_not_finite_is_named(tokenizer, name, value, message):
+    model = make_model()
+    parameter = dict(model.named_parameters())[name]
+    parameter.data = np.full(parameter.shape, value, np.float32)
+    with pytest.raises(ValueError, match=message):
+        inspection.inspect(model, tokenizer, [97, 98], 2, "a model")
+
+
 def test_the_logit_lens_applies_the_output_layer_to_the_residual_stream_of_every_layer(data, model, tokenizer):
     found = model.trace(tokenizer.encode(TEXT))
     weight, bias = (getattr(model.ln_f, name).numpy() for name in ("weight", "bias"))

@@ -10,6 +10,7 @@ import pytest
 
 import train
 from gpt2 import GPT2
+from gpt2.formats import model_file
 from gpt2.language_model import LanguageModel
 from gpt2.training import bad_step, trainer
 from gpt2.training.run import RunFolder, read_log
@@ -130,8 +131,8 @@ def test_a_loss_that_is_not_finite_is_skipped_even_if_the_gradient_is_finite(wor
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_run_that_starts_from_a_damaged_model_reports_the_weight(workspace, capsys, value):
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e38, -1e20])
+def test_a_damaged_weight_is_reported(workspace, capsys, monkeypatch, value):
     run("--max-iters", "1", "--save-interval", "1")
     arrays = checkpoint.load_arrays(Path("out/ckpt-000001/model.safetensors"))
     name = next(name for name in arrays if name.endswith("h.2.mlp.c_fc.weight"))
@@ -139,11 +140,18 @@ def test_a_run_that_starts_from_a_damaged_model_reports_the_weight(workspace, ca
     checkpoint.save_arrays(Path("out/ckpt-000001/model.safetensors"), arrays, {"format": "pt"})
     Path("out/ckpt-000001/manifest.json").unlink()
     capsys.readouterr()
-    run("--init", "out/ckpt-000001", "--out-dir", "tuned", "--max-iters", "20", "--eval-interval", "0", code=1)
-    line = one_line(capsys)
-    assert f"linear in h.2.mlp.c_fc, forward pass: parameter h.2.mlp.c_fc.weight [3, 5] is {value}" in line
-    assert "this suggests damaged weights" in line
-    assert "--learning-rate" not in line
+    tune = ("--init", "out/ckpt-000001", "--out-dir", "tuned", "--max-iters", "20", "--eval-interval", "0")
+    run(*tune, code=1)
+    bad = f"parameter h.2.mlp.c_fc.weight [3, 5] is {np.float32(value):.7g}"
+    assert f"out/ckpt-000001/model.safetensors: the weights are damaged: {bad} (1 of 65,536" in one_line(capsys)
+    assert not Path("tuned").exists()
+    if not np.isfinite(value):  # the same damage after the model was loaded
+        monkeypatch.setattr(model_file, "bad_parameters", lambda model: iter(()))
+        run(*tune, code=1)
+        line = one_line(capsys)
+        assert f"linear in h.2.mlp.c_fc, forward pass: {bad}" in line
+        assert "this suggests damaged weights" in line
+        assert "--learning-rate" not in line
 
 
 def test_a_learning_rate_that_is_too_high_is_reported(workspace, capsys):
