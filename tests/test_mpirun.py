@@ -1,6 +1,7 @@
 """train.py under a real mpirun: the same results for any layout, elastic resume, no surviving ranks after failures."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -619,6 +620,22 @@ def test_a_broken_connection_ends_the_ranks_of_both_hosts(user, two_hosts, how):
     print(f"{how}: all ranks ended after {time.monotonic() - began:.1f} s")
     _, err = job.kill()
     assert "has not responded for" in err
+    assert_resumes()
+
+
+def test_with_keepalive_mpirun_also_ends_when_a_connection_loses_every_packet(user, two_hosts):
+    launcher, failures, _ = two_hosts
+    text = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+    keepalive = re.findall(r"--prtemca (oob_tcp_keepalive_\w+) (\d+)", text)
+    assert len(keepalive) == 3
+    env = {f"PRTE_MCA_{name}": value for name, value in keepalive}
+    job = Job(4, *LONG, launcher=launcher, patch=PIDS, env=env)
+    wait_for(lambda: steps_made() >= 5)
+    failures["stalled"]()
+    began = time.monotonic()
+    job.process.wait(30)
+    print(f"mpirun ended after {time.monotonic() - began:.1f} s")
+    wait_for(lambda: not any(Path(f"/proc/{pid_of(rank)}").exists() for rank in range(4)), limit=30)
     assert_resumes()
 
 
