@@ -1,6 +1,7 @@
 """gpt2/training/trainer.py: steps, gradient accumulation, evaluations, and the log."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gpt2 import GPT2, Tokenizer
 from gpt2.training.evaluation import evaluate_task
 from gpt2.training.run import read_log
 from gpt2.training.tasks import TASKS, load_items
+from gpt2.training.trainer import Trainer
 from tests.stand_ins import strict_cupy
 from tests.training_runs import newest_arrays, one_line, rows, run
 from tinygrad2 import gpus
@@ -101,3 +103,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(worksp
     assert "The last checkpoint is out/ckpt-000004." in line
     after = newest_arrays("out")
     assert all(np.array_equal(array, after[name]) for name, array in before.items())
+
+
+@pytest.mark.slow
+def test_memory_threads_and_open_files_do_not_grow_while_training(workspace, monkeypatch):
+    step, used = Trainer.step, {}
+
+    def watched(trainer, *arguments):
+        done = trainer.progress.step
+        if done in (200, 400, 600):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            tasks, files = (len(list(Path("/proc/self", name).iterdir())) for name in ("task", "fd"))
+            used[done] = resident, (tasks, files)
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    run("--max-iters", "601", "--eval-interval", "50", "--save-interval", "25", "--dropout", "0.1")
+    (_, early), (before, middle), (after, late) = used.values()
+    assert early == middle == late
+    assert after - before < 2e6
