@@ -65,7 +65,7 @@ class Attention(nn.Module):
         if past is None:
             out = ops.attention(qkv, config.n_head, config.attn_pdrop, key and key.at(site), tf32)  # (B, T, C)
         else:
-            out = ops.attention_cached(qkv, *past, config.n_head, tf32)
+            out = ops.attention_cached(qkv, *past, config.n_head, tf32, self.precision.matrices)
         return ops.dropout(self.c_proj(out), self.config.resid_pdrop, key and key.at(site + 1))
 
 

@@ -136,11 +136,19 @@ class Backend:
             overrides.pool.clear(array)
 
     def convert(self, values: Array, out: Array) -> None:
-        """out = values, rounded to the dtype of out. Both are flat, and float32 or bfloat16."""
-        if (overrides := _cpu_overrides()) is None or values.dtype != numpy.float32:
+        """out = values, rounded to the dtype of out. Both are contiguous, and float32 or bfloat16."""
+        if (overrides := _cpu_overrides()) is None:
             out[...] = values.astype(out.dtype)
         else:
             overrides.convert(values, out)
+
+    def cast(self, values: Array, dtype: DTypeLike) -> Array:
+        """A contiguous array of float32 or bfloat16 in this dtype: the array itself if it already has it."""
+        if values.dtype == numpy.dtype(dtype):
+            return values
+        out = self.empty(values.shape, dtype)
+        self.convert(values, out)
+        return out
 
     def program(self, rows: int, head_size: int) -> Program | None:
         """An empty program (see kernels/program.py) for activations with this number of rows and attention heads of

@@ -222,20 +222,25 @@ def _attention_backward(saved: Saved, dy: Array, into: GradientBuffers) -> Gradi
     return (k.attention_backward(dy, *arguments),)
 
 
-def attention_cached(qkv: Tensor, cache: Array, length: int, n_head: int, tf32: bool = False) -> Tensor:
+def attention_cached(
+    qkv: Tensor, cache: Array, length: int, n_head: int, tf32: bool = False, prompt_dtype: str | None = None
+) -> Tensor:
     """Causal attention of new tokens, whose keys and values are appended to `cache`. For generation, without gradients.
 
     qkv (B, T, 3 * n_head * D) at positions `length` and up; cache (2, B, n_head, capacity, D), modified in place
     -> (B, T, n_head * D).
-    tf32  compute float32 matrix products in TF32.
+    tf32  compute float32 matrix products in TF32.  prompt_dtype  compute in this dtype if T > 1 and it is fast.
     Raises RuntimeError if a gradient would be recorded: use no_grad().
     """
     if qkv.requires_grad:
         raise RuntimeError("attention_cached: there is no backward pass; call it inside no_grad()")
-    end = length + qkv.shape[1]
-    if end > cache.shape[3]:
+    if (end := length + qkv.shape[1]) > cache.shape[3]:
         raise ValueError(f"attention_cached: {end} positions needed; the cache has space for {cache.shape[3]}")
-    return Tensor(backend_of(qkv.data).kernels_for(tf32).attention_cached(qkv.data, cache, length, n_head))
+    backend, x = backend_of(qkv.data), qkv.data
+    if prompt_dtype and x.shape[1] > 1 and not backend.slow_reason(prompt_dtype):
+        x = backend.cast(x, prompt_dtype)
+    out = backend.kernels_for(tf32).attention_cached(x, cache, length, n_head)
+    return Tensor(backend.cast(out, qkv.dtype))
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from tinygrad2 import Key, Tensor, autograd, memory, no_grad, ops
-from tinygrad2.backend import backend_of
+from tinygrad2.backend import backend_of, get_backend
 from tinygrad2.gradcheck import CASES
 from tinygrad2.kernels import onednn
 from tinygrad2.params import Parameter
@@ -457,6 +457,27 @@ def test_operations_with_bfloat16_weights_equal_those_with_rounded_weights(rows,
             expected = ops.lm_head(x, Tensor(table.data.astype(dtype)), targets, head_rows)
             assert loss.dtype == dtype
             np.testing.assert_allclose(loss.data, expected.data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("slow", [None, "this processor has no instructions for it"])
+def test_attention_over_a_prompt_in_bfloat16(monkeypatch, slow):
+    monkeypatch.setattr(type(get_backend("cpu")), "slow_reason", lambda self, precision: slow)
+    n_head, D, T = 2, 16, 70
+    tokens = [Tensor(R.normal(size=(1, count, 3 * n_head * D)).astype(np.float32)) for count in (T, 40, 1)]
+    caches = [np.zeros((2, 1, n_head, 128, D), np.float32) for _ in range(2)]
+    length = 0
+    with no_grad():
+        for qkv in tokens:
+            got = ops.attention_cached(qkv, caches[0], length, n_head, prompt_dtype="bfloat16")
+            rounds = qkv.shape[1] > 1 and slow is None
+            read = Tensor(qkv.data.astype(bfloat16).astype(np.float32)) if rounds else qkv
+            expected = ops.attention_cached(read, caches[1], length, n_head)
+            assert got.dtype == np.float32
+            np.testing.assert_array_equal(caches[0], caches[1])
+            difference = np.linalg.norm(got.data - expected.data) / np.linalg.norm(expected.data)
+            assert difference < 2**-8 if rounds else difference == 0
+            assert not rounds or difference > 0  # the probabilities and the result are rounded too
+            length += qkv.shape[1]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

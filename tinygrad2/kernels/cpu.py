@@ -380,12 +380,12 @@ BF16_ROWS = 16  # minimum number of rows per part of a bfloat16 product
 def _bfloat16_product(
     a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None
 ) -> None:
-    """out = a @ b, or out += a @ b, with `bias` added to each row. a, b and bias are bfloat16; out is bfloat16 or
-    float32. Sums are float32, and are rounded once."""
+    """out = a @ b, or out += a @ b, with `bias` added to each row. a and b are bfloat16; out and bias are bfloat16
+    or float32. Sums are float32, and are rounded once."""
     if onednn.library() is None:
         total = out if out.dtype == np.float32 else memory.empty(out.shape, np.float32)
         if bias is not None:
-            total[...] = as_float32(bias)
+            total[...] = as_float32(bias) if bias.dtype == bfloat16 else bias
         _matmul(as_float32(a), as_float32(b), total, add or bias is not None)
         if total is not out:
             convert(total, out)
@@ -435,11 +435,13 @@ def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -
     if x.dtype == bfloat16:
         wider = linear_forward(as_float32(x2), weight, None if bias is None else as_float32(bias))
         return cast(wider, x.dtype).reshape(*x.shape[:-1], weight.shape[1])
+    few = len(x2) <= GEMV_ROWS and gemv.supports(x2, weight)
+    if not few and x.dtype == np.float32 and weight.dtype == bfloat16 and onednn.library() is not None:  # a prompt
+        _bfloat16_product(cast(x2, weight.dtype), weight, y, bias=bias)
+        return y.reshape(*x.shape[:-1], weight.shape[1])
     y[...] = 0 if bias is None else bias
-    if len(x2) <= GEMV_ROWS and gemv.supports(x2, weight):
+    if few:
         gemv.add_product(np.ascontiguousarray(x2), weight, y)
-    elif x.dtype == np.float32 and weight.dtype == bfloat16 and onednn.library() is not None:  # a prompt
-        _bfloat16_product(cast(x2, weight.dtype), weight, y, add=True)
     else:
         _matmul(x2, weight.astype(x.dtype, copy=False), y, add=True)
     return y.reshape(*x.shape[:-1], weight.shape[1])
@@ -1233,9 +1235,12 @@ def attention_cached(qkv: np.ndarray, cache: np.ndarray, length: int, n_head: in
     vectors = cache.dtype in (np.float32, bfloat16) and cached_attention.supports(D) and cache.flags.c_contiguous
     if qkv.shape[1] > 1 or not vectors:
         q, k, v = split_heads(qkv, 3, n_head)
-        cache[0, :, :, length:end] = k
-        cache[1, :, :, length:end] = v
-        return _attend(q, cache[0, :, :, :end], cache[1, :, :, :end], *_dropout_arguments(qkv.dtype, 0, None))[0]
+        _, *new = split_heads(cast(qkv, cache.dtype), 3, n_head)
+        for i, part in enumerate(new):
+            cache[i, :, :, length:end] = part
+        if length:
+            k, v = (cast(cache[i, :, :, :end], qkv.dtype) for i in range(2))
+        return _attend(q, k, v, *_dropout_arguments(qkv.dtype, 0, None))[0]
     out = memory.empty((B, 1, H * D), qkv.dtype)
     partial = memory.empty((B, H, length // CACHE_BLOCK + 1, D + 2), np.float32)
     parts = len(threads.parts(B * H * end, max(1, CACHE_GRAIN // D)))

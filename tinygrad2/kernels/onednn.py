@@ -131,7 +131,7 @@ def _file() -> Path | None:
 
 _lock = threading.Lock()  # held while a primitive is created: two threads that do so at once corrupt the heap
 forks.locks.append(_lock)
-_Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, bool]
+_Key = tuple[tuple[int, int, int], tuple[tuple[int, int], ...], np.dtype, bool, np.dtype | None]
 
 
 @functools.lru_cache(KEPT)
@@ -140,14 +140,15 @@ def _primitive(key: _Key) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p | None]
     the size of the scratchpad in bytes; and the object that owns the scratchpad's descriptor."""
     dnn = library()
     assert dnn is not None
-    (m, n, k), strides, dtype, add, biased = key
+    (m, n, k), strides, dtype, add, bias_dtype = key
     own = _TYPES[np.dtype(bfloat16)]
 
     def describe(kind: int, shape: tuple[int, int], steps: tuple[int, int]) -> ctypes.c_void_p:
         return dnn.new("memory_desc_create_with_strides", 2, (_LONG * 2)(*shape), kind, (_LONG * 2)(*steps))
 
     source, weights = describe(own, (m, k), strides[0]), describe(own, (k, n), strides[1])
-    destination, bias = describe(_TYPES[dtype], (m, n), strides[2]), describe(own, (1, n), (n, 1)) if biased else None
+    destination = describe(_TYPES[dtype], (m, n), strides[2])
+    bias = None if bias_dtype is None else describe(_TYPES[bias_dtype], (1, n), (n, 1))
     attributes = dnn.new("primitive_attr_create")
     dnn.primitive_attr_set_scratchpad_mode(attributes, _USER_SCRATCHPAD)  # required to share a primitive among threads
     if add:
@@ -205,13 +206,15 @@ def _this_thread() -> _Thread:
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, add: bool = False, bias: np.ndarray | None = None) -> None:
     """out = a b, or out += a b, with `bias` added to every row, on the calling thread. Sums are float32.
 
-    a (m, k), b (k, n) and bias (n,) are bfloat16; out (m, n) is bfloat16 or float32. In each matrix, either the rows or
-    the columns must be contiguous. The result is bitwise the same however the rows are divided among calls.
+    a (m, k) and b (k, n) are bfloat16; out (m, n) and bias (n,) are bfloat16 or float32. In each matrix, either the
+    rows or the columns must be contiguous. The result is bitwise the same however the rows are divided among calls.
     """
     here = _this_thread()
     (m, n), k = out.shape, a.shape[1]
     strides = tuple((x.strides[0] // x.itemsize, x.strides[1] // x.itemsize) for x in (a, b, out))
-    primitive, memories, count, arguments = here.plan(((m, n, k), strides, out.dtype, add, bias is not None))
+    primitive, memories, count, arguments = here.plan(
+        ((m, n, k), strides, out.dtype, add, None if bias is None else bias.dtype)
+    )
     for memory, array in zip(memories, (a, b, out, bias), strict=False):  # the last is the scratchpad
         if array is not None:
             here.dnn.memory_set_data_handle(memory, array.ctypes.data)
@@ -237,7 +240,7 @@ class Plans:
 
     def __init__(self, products: list[Product]):
         here = _this_thread()
-        keys: list[_Key] = [(shape, strides, np.dtype(np.float32), add, False) for shape, strides, add in products]
+        keys: list[_Key] = [(shape, strides, np.dtype(np.float32), add, None) for shape, strides, add in products]
         with _lock:
             largest = max(keys, key=lambda key: _primitive(key)[2])
         here.plan(largest)  # so that the others have the same scratchpad
