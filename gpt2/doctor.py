@@ -111,9 +111,9 @@ def probe_blas() -> Finding:
     slow, speed = result["speed"] < SLOW_BLAS, f"{result['speed'] / 1e9:,.0f} GFLOP/s in float32"
     library = result["libraries"][0] if result["libraries"] else {}
     threads = library.get("num_threads")
-    in_use = f" (in use: {result['chosen']})" if result["chosen"] else ""
+    in_use = f"; in use: {result['chosen']}" if result["chosen"] else ""
     slower = result["on_one_thread"] > 1.1 * result["speed"]
-    one = f" ({result['on_one_thread'] / 1e9:,.0f} on one thread)" if slower else ""
+    one = f", {result['on_one_thread'] / 1e9:,.0f} on one thread" if slower else ""
     text = f"{library.get('internal_api')} {library.get('version') or ''}, {threads} threads, {speed}{one}{in_use}"
     below = _speed_without_settings(result["speed"])
     names = [name for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]

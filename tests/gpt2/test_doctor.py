@@ -212,7 +212,7 @@ def test_the_report_explains_threads_that_are_slower_than_one(answers):
     found = {"mkl": None, "speed": 5e10, "on_one_thread": 9e10, "libraries": [openblas]}
     answers(BLAS=found)
     finding = doctor.probe_blas()
-    assert (finding.verdict, finding.text) == (OK, "openblas 1, 2 threads, 50 GFLOP/s in float32 (90 on one thread)")
+    assert (finding.verdict, finding.text) == (OK, "openblas 1, 2 threads, 50 GFLOP/s in float32, 90 on one thread")
     assert finding.remedy.startswith("2 threads are slower than one: other programs use the cores")
     answers(BLAS={**found, "on_one_thread": 5.4e10})
     assert doctor.probe_blas().remedy == ""
